@@ -1,0 +1,43 @@
+# Every target makes and uses the project's own virtual environment; nothing needs to be installed by hand.
+#   make demo [MODEL=name]   the whole experiment on the bundled model, report in demo_out/
+#   make test                the test suite;  make test-all  also its slow tests
+#   make lint                ruff and mypy
+#   make benchmarks          timings, with an allocator setting that keeps page faults out of them
+PYTHON ?= python3
+# Named first and exactly: a bare range may pull a CUDA build of several GB even where a CPU wheel is at hand.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Two workers of one thread each: torch's own threads would only fight over the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+# glibc returns every large temporary to the kernel by default, and timing would then measure page faults.
+ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
+
+.PHONY: demo test test-all lint benchmarks clean
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[tests]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/writesae demo $(if $(MODEL),--model $(MODEL))
+
+test: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
+
+test-all: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m ''
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+benchmarks: $(INSTALLED)
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
