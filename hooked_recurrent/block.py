@@ -1,0 +1,55 @@
+"""One residual block: norm, mixer (recurrent or softmax), norm, MLP; the block does not know which rule it holds."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_recurrent.config import ATTENTION, ModelConfig
+from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.layers.attention import GatedAttention
+from hooked_recurrent.layers.mlp import SwiGLU
+from hooked_recurrent.layers.norm import RMSNorm
+from hooked_recurrent.mixers.base import Call
+from hooked_recurrent.mixers.registry import MIXERS
+from hooked_recurrent.state import LayerState
+
+
+class Block(nn.Module):
+    """resid_pre -> + mixer(ln1) -> resid_mid -> + mlp(ln2) -> resid_post. A softmax layer's mixer is called attn."""
+
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        kind = cfg.layer_types[layer]
+        self.ln1, self.ln2 = RMSNorm(cfg.d_model, cfg.norm_eps), RMSNorm(cfg.d_model, cfg.norm_eps)
+        if kind == ATTENTION:
+            assert cfg.attention is not None  # ModelConfig checked it
+            self.attn = GatedAttention(cfg.attention, cfg.d_model)
+        else:
+            self.mixer = MIXERS[kind](cfg.mixer, cfg.d_model, layer)
+        self.mlp = SwiGLU(cfg.d_model, cfg.d_mlp)
+        self.hook_resid_pre, self.hook_mixer_out = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_resid_mid, self.hook_mlp_out = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_resid_post = RecurrentHookPoint()
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether this block has a matrix memory."""
+        return hasattr(self, "mixer")
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_v d_model"]:
+        """The output projection of the block's mixer, per head."""
+        return self.mixer.W_O if self.recurrent else self.attn.W_O
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
+    ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerState]]:
+        """One block over the positions of a call, and its state after each of `call.stops`."""
+        resid = self.hook_resid_pre(resid)
+        normalized = self.ln1(resid)
+        if self.recurrent:
+            mixed, states = self.mixer(normalized, state, call)
+        else:
+            mixed, states = self.attn(normalized, state, call.clock.positions, call.stops)
+        resid = self.hook_resid_mid(resid + self.hook_mixer_out(mixed))
+        resid = self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(resid))))
+        return resid, states

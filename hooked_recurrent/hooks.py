@@ -1,0 +1,90 @@
+"""Hook points that know which absolute positions they were given, and whether anything attached to them may edit.
+
+They are transformer_lens HookPoints: the same `fn(tensor, hook)`, the same contexts and handles. Two things are added.
+`hook.positions` holds the absolute positions along the tensor's pos axis, so that a function of positions does the same
+in a prefill, a continuation and a generated token. And a function marked by `reads_only` is known not to edit, so that
+caching never pushes the model off its fast path.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+
+class Clock:
+    """The absolute positions of the forward call in progress, shared by all hook points of a model."""
+
+    def __init__(self) -> None:
+        self.positions: Int[Tensor, "pos"] = torch.zeros(0, dtype=torch.long)
+
+    def set(self, start: int, length: int) -> None:
+        """Start a call over positions start .. start + length - 1."""
+        self.positions = torch.arange(start, start + length)
+
+
+def reads_only(function: Callable) -> Callable:
+    """Promise that a hook function returns nothing and leaves its tensor as it was."""
+    function.reads_only = True  # type: ignore[attr-defined]
+    return function
+
+
+def promises_to_read(function: Callable) -> bool:
+    """Whether a hook function was marked by `reads_only`; looks through functools.partial."""
+    while isinstance(function, partial):
+        if getattr(function, "reads_only", False):
+            return True
+        function = function.func
+    return getattr(function, "reads_only", False)
+
+
+class RecurrentHookPoint(HookPoint):
+    """A HookPoint of a recurrent model; see the module docstring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock: Clock | None = None
+        self._readers: set[int] = set()
+
+    @property
+    def positions(self) -> Int[Tensor, "pos"]:
+        """Absolute positions along the pos axis of the tensor that a hook function is being given."""
+        if self.clock is None:
+            raise RuntimeError(f"hook point {self.name!r} belongs to no model yet, so it has no positions")
+        return self.clock.positions
+
+    def add_hook(self, hook: Callable, dir: str = "fwd", *args: Any, **kwargs: Any) -> Any:
+        """As in transformer_lens; remembers whether the function only reads."""
+        before = {handle.hook.id for handle in self.fwd_hooks}
+        result = super().add_hook(hook, dir, *args, **kwargs)  # type: ignore[arg-type]
+        if dir == "fwd" and promises_to_read(hook):
+            self._readers.update(handle.hook.id for handle in self.fwd_hooks if handle.hook.id not in before)
+        return result
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is attached, so that a lazy tensor must be computed."""
+        return bool(self.fwd_hooks or self.bwd_hooks)
+
+    @property
+    def may_edit(self) -> bool:
+        """Whether a forward function that may edit, or any backward function, is attached."""
+        return bool(self.bwd_hooks) or any(handle.hook.id not in self._readers for handle in self.fwd_hooks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Identity; a possible editor gets a copy, so that an edit in place reaches only what follows this point."""
+        return x.clone() if self.may_edit else x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fire. With nothing attached this is free; a function that returns another shape is one clear error."""
+        if not self.in_use:
+            return x
+        result = super().__call__(x)
+        if not isinstance(result, Tensor) or result.shape != x.shape:
+            came = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(f"a function on {self.name} returned {came}, expected a tensor of shape {tuple(x.shape)}")
+        return result

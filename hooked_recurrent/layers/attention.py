@@ -1,0 +1,106 @@
+"""The softmax layers of Qwen-style hybrids: q/k norm, partial rotary embedding, grouped heads, a sigmoid output gate.
+
+Hooks of `blocks.{l}.attn`, transformer_lens's names, in firing order:
+
+    hook_q                  before the q norm and the rotation            [batch, pos, head, d_head]
+    hook_k, hook_v          k before its norm and the rotation            [batch, pos, kv_head, d_head]
+    hook_gate               the output gate before its sigmoid            [batch, pos, head, d_head]
+    hook_rot_q, hook_rot_k  after norm and rotation                       as hook_q, hook_k
+    hook_attn_scores        log space, masked with -inf; on demand        [batch, head, query_pos, key_pos]
+    hook_pattern            softmax of the scores; on demand              [batch, head, query_pos, key_pos]
+    hook_z                  gated, just before W_O                        [batch, pos, head, d_head]
+
+key_pos counts every position since the state began, query_pos those of the present call.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_recurrent.config import AttentionConfig
+from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.layers.norm import RMSNorm
+from hooked_recurrent.state import LayerState
+
+
+class GatedAttention(nn.Module):
+    """Output-gated softmax attention with a key/value cache in its LayerState."""
+
+    def __init__(self, cfg: AttentionConfig, d_model: int):
+        super().__init__()
+        self.cfg = cfg
+        self.q = nn.Linear(d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
+        self.gate = nn.Linear(d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
+        self.k = nn.Linear(d_model, cfg.n_key_value_heads * cfg.d_head, bias=cfg.bias)
+        self.v = nn.Linear(d_model, cfg.n_key_value_heads * cfg.d_head, bias=cfg.bias)
+        self.out = nn.Linear(cfg.n_heads * cfg.d_head, d_model, bias=cfg.bias)
+        self.q_norm, self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps), RMSNorm(cfg.d_head, cfg.norm_eps)
+        self.hook_q, self.hook_k, self.hook_v = RecurrentHookPoint(), RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_gate = RecurrentHookPoint()
+        self.hook_rot_q, self.hook_rot_k = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_attn_scores, self.hook_pattern = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_z = RecurrentHookPoint()
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """The output projection per head."""
+        return self.out.weight.T.unflatten(0, (self.cfg.n_heads, self.cfg.d_head))
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, positions: Int[Tensor, "pos"], stops: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerState]]:
+        """Attend over the cached and the new positions; also the cache after each of `stops` new positions."""
+        cfg = self.cfg
+        query, key, value = (side.unflatten(-1, (-1, cfg.d_head)) for side in (self.q(x), self.k(x), self.v(x)))
+        query, key, value = self.hook_q(query), self.hook_k(key), self.hook_v(value)
+        gate = self.hook_gate(self.gate(x).unflatten(-1, (-1, cfg.d_head)))
+        angles = rotary_angles(positions.to(x.device), cfg.rotary_dims, cfg.rope_theta)
+        query = self.hook_rot_q(rotate(self.q_norm(query), angles))
+        key = self.hook_rot_k(rotate(self.k_norm(key), angles))
+        past = 0
+        if state.keys is not None and state.values is not None:
+            past = state.keys.shape[1]
+            key, value = torch.cat([state.keys, key], dim=1), torch.cat([state.values, value], dim=1)
+        z = self.hook_z(self._attend(query, key, value, past) * gate.sigmoid())
+        states = [LayerState(keys=key[:, : past + stop], values=value[:, : past + stop]) for stop in stops]
+        return self.out(z.flatten(2)), states
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: int) -> Tensor:
+        """softmax(q k / sqrt(d)) v; the pattern is only written out when someone asks for it."""
+        group = self.cfg.n_heads // self.cfg.n_key_value_heads
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        length, total = query.shape[2], key.shape[2]
+        visible = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(past)
+        if not (self.hook_attn_scores.in_use or self.hook_pattern.in_use):
+            mask = None if length == 1 else visible
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=group > 1)
+            return attended.transpose(1, 2)
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        scores = self.hook_attn_scores((query @ key.mT * self.cfg.d_head**-0.5).masked_fill(~visible, -torch.inf))
+        return (self.hook_pattern(scores.softmax(-1)) @ value).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Cosines and sines of the rotary embedding, [pos, 1, rotary_dims], in float32 or wider."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_angles(positions: Int[Tensor, "pos"], rotary_dims: int, theta: float) -> Angles:
+    """Angles position * theta^(-2 i / rotary_dims), each frequency serving dimension i and i + rotary_dims / 2."""
+    exponents = torch.arange(0, rotary_dims, 2, dtype=torch.float32, device=positions.device) / max(rotary_dims, 1)
+    angles = positions.to(torch.float32)[:, None] / theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return Angles(angles.cos(), angles.sin())
+
+
+def rotate(x: Float[Tensor, "batch pos head d_head"], angles: Angles) -> Float[Tensor, "batch pos head d_head"]:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the leading dimensions; the rest pass through."""
+    turned, passed = x.split([angles.cos.shape[-1], x.shape[-1] - angles.cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    quarter = torch.cat([-second, first], dim=-1)
+    return torch.cat([turned * angles.cos.to(x.dtype) + quarter * angles.sin.to(x.dtype), passed], dim=-1)

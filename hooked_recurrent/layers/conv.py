@@ -1,0 +1,38 @@
+"""The short causal convolution in front of q, k and v, which continues from the last inputs of an earlier call."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution of a few taps, then SiLU. weight [channel, tap]; the last tap sees the present."""
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        nn.init.uniform_(self.weight, -(taps**-0.5), taps**-0.5)
+
+    @property
+    def taps(self) -> int:
+        """How many positions one output sees."""
+        return self.weight.shape[1]
+
+    def forward(
+        self, x: Float[Tensor, "batch pos channel"], tail: Float[Tensor, "batch past channel"] | None
+    ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch padded channel"]]:
+        """Convolve; `tail` holds the taps - 1 inputs before x (zeros at the start of a text).
+
+        Returns:
+            silu(conv(x)), and the inputs with the tail in front: the tail after n positions is padded[:, n : n + taps - 1].
+        """
+        past = self.taps - 1
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], past, x.shape[2])
+        padded = torch.cat([tail, x], dim=1)
+        length = x.shape[1]
+        # A sum of shifted copies: on the CPU it is faster than a grouped conv1d and needs no transposed copy.
+        out = padded[:, :length] * self.weight[:, 0]
+        for tap in range(1, self.taps):
+            out = torch.addcmul(out, padded[:, tap : tap + length], self.weight[:, tap])
+        return nn.functional.silu(out), padded

@@ -1,0 +1,165 @@
+"""What every recurrent mixer does: project to factors, hook each, edit, scan, read out. A rule only fills in its two ends.
+
+Hooks of `blocks.{l}.mixer`, in firing order (a rule adds its upstream ones, hook_q, hook_k, hook_v and its gates, before):
+
+    hook_log_decay     log d_t <= 0                       [batch, pos, head] or [batch, pos, head, d_k]
+    hook_erase         a_t                                [batch, pos, head, d_k]; absent where nothing is erased
+    hook_probe         b_t                                [batch, pos, head, d_k]; absent where nothing is erased
+    hook_write_key     k_t                                [batch, pos, head, d_k]
+    hook_write_value   v_t                                [batch, pos, head, d_v]
+    hook_query         q_t                                [batch, pos, head, d_k]
+    hook_write         k_t v_t^T, only when asked for     [batch, pos, head, d_k, d_v]
+    hook_state         S_t, only when asked for           [batch, pos, head, d_k, d_v]
+    hook_read          o_t = S_t^T q_t                    [batch, pos, head, d_v]
+    hook_z             just before W_O                    [batch, pos, head, d_v]
+
+A `WriteEdit` acts before hook_write_key and hook_write_value fire, so they show what is written. A function on hook_state
+that may edit is called token by token, and what it returns is carried on; one marked `reads_only` gets all tokens at once.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_recurrent.edits import WriteEdit, apply_edits
+from hooked_recurrent.factors import Factors
+from hooked_recurrent.hooks import Clock, RecurrentHookPoint
+from hooked_recurrent.scan.dispatch import scan
+from hooked_recurrent.state import LayerState
+
+
+@dataclass
+class Call:
+    """What a forward call tells its layers."""
+
+    clock: Clock
+    """The absolute positions of the call."""
+    edits: tuple[WriteEdit, ...] = ()
+    """Edits of every layer."""
+    stops: tuple[int, ...] = ()
+    """Lengths (in tokens of this call) after which each layer's state is wanted; the last is the whole length."""
+    backend: str = "auto"
+    """Which scan runs."""
+    added_writes: dict[int, Factors] = field(default_factory=dict)
+    """Filled in: per layer, the further write terms that `add` edits made."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Filled in: layers whose writes a function on hook_write may have replaced by matrices."""
+
+
+class RecurrentMixer(nn.Module, ABC):
+    """Base of every rule's mixer. `erases` says whether hook_erase and hook_probe exist."""
+
+    erases: bool = True
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.hook_log_decay, self.hook_query = RecurrentHookPoint(), RecurrentHookPoint()
+        if self.erases:
+            self.hook_erase, self.hook_probe = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_write_key, self.hook_write_value = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_write, self.hook_state = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_read, self.hook_z = RecurrentHookPoint(), RecurrentHookPoint()
+
+    @abstractmethod
+    def project(
+        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, stops: tuple[int, ...]
+    ) -> tuple[Factors, Any, list[LayerState]]:
+        """x to (factors, whatever `read_out` needs besides the read, per stop the state around the matrix)."""
+
+    @abstractmethod
+    def read_out(self, read: Float[Tensor, "batch pos head d_v"], beside: Any) -> Float[Tensor, "batch pos head d_v"]:
+        """The read to z, just before W_O."""
+
+    @property
+    @abstractmethod
+    def W_O(self) -> Float[Tensor, "head d_v d_model"]:
+        """The output projection per head."""
+
+    @abstractmethod
+    def project_out(self, z: Float[Tensor, "batch pos head d_v"]) -> Float[Tensor, "batch pos d_model"]:
+        """z to the residual stream: sum over heads of z W_O."""
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
+    ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerState]]:
+        """The mixer's contribution to the residual stream, and its state after each of `call.stops`."""
+        factors, beside, around = self.project(x, state, call.stops)
+        factors, writes = self._hook_factors(factors, call)
+        read, matrices = self._scan(factors, writes, state.matrix, call)
+        z = self.hook_z(self.read_out(self.hook_read(read), beside))
+        states = [replace(tails, matrix=matrix) for tails, matrix in zip(around, matrices, strict=True)]
+        return self.project_out(z), states
+
+    def _hook_factors(self, native: Factors, call: Call) -> tuple[Factors, Tensor | None]:
+        """Edit and hook the six roles; also the write matrices, if a function may have changed them."""
+        edits = [edit for edit in call.edits if edit.layer == self.layer]
+        factors, added = apply_edits(native, edits, call.clock.positions) if edits else (native, None)
+        untied = added is not None or self.hook_write_key.may_edit
+        if self.erases:
+            untied = untied or self.hook_erase.may_edit or self.hook_probe.may_edit
+        if untied:
+            factors = factors.decoupled()
+        log_decay = self.hook_log_decay(factors.log_decay)
+        if self.erases and (factors.erase is not None or self.hook_erase.in_use or self.hook_probe.in_use):
+            apart = factors.decoupled()
+            erase, probe = self.hook_erase(apart.erase), self.hook_probe(apart.probe)
+            if factors.erase is not None:
+                factors = replace(factors, erase=erase, probe=probe)
+        key, value = self.hook_write_key(factors.write_key), self.hook_write_value(factors.write_value)
+        if added is not None:
+            call.added_writes[self.layer] = added
+            key = torch.cat([key[:, :, :, None], added.write_key], dim=3)
+            value = torch.cat([value[:, :, :, None], added.write_value], dim=3)
+        query = self.hook_query(factors.query)
+        factors = replace(factors, log_decay=log_decay, write_key=key, write_value=value, query=query)
+        if not self.hook_write.in_use:
+            return factors, None
+        writes = self.hook_write(factors.write_matrix())
+        if not self.hook_write.may_edit:
+            return factors, None
+        call.dense_layers.append(self.layer)
+        return factors, writes
+
+    def _scan(
+        self, factors: Factors, writes: Tensor | None, matrix: Tensor | None, call: Call
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Scan stretch by stretch between the stops; returns the read and the matrix at every stop."""
+        seen: list[Tensor] = []
+        on_state = self._state_hook(call, seen) if self.hook_state.in_use else None
+        reads, matrices, start = [], [], 0
+        for stop in call.stops:
+            if stop > start:
+                stretch = slice(start, stop)
+                hook = None if on_state is None else (lambda s, index, first=start: on_state(s, first + index))
+                dense = None if writes is None else writes[:, stretch]
+                read, matrix = scan(factors.at(stretch), matrix, writes=dense, on_state=hook, backend=call.backend)
+                reads.append(read)
+            elif matrix is None:
+                matrix = factors.zero_state()
+            matrices.append(matrix)
+            start = stop
+        if seen:
+            self.hook_state(torch.cat(seen, dim=1))
+        return (reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)), matrices
+
+    def _state_hook(self, call: Call, seen: list[Tensor]):
+        """Per-token calls of hook_state if a function may edit; else collect every state for one call at the end."""
+        whole = call.clock.positions
+
+        def edit(state: Tensor, index: int) -> Tensor:
+            call.clock.positions = whole[index : index + 1]
+            try:
+                return self.hook_state(state)
+            finally:
+                call.clock.positions = whole
+
+        def collect(state: Tensor, index: int) -> Tensor:
+            seen.append(state)
+            return state
+
+        return edit if self.hook_state.may_edit else collect

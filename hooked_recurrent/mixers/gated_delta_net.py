@@ -1,0 +1,97 @@
+"""Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464), as in Qwen3-Next and Qwen3.5.
+
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T          o_t = S_t^T q_t
+    alpha_t = exp(g_t),  g_t = -exp(A_log) softplus(W_a x_t + dt_bias) <= 0,  beta_t = sigmoid(W_b x_t)
+
+In the roles of factors.py: log_decay g_t; erase -alpha_t beta_t k_t; probe k_t; write key k_t; write value beta_t v_t.
+q, k, v come out of a short causal convolution; q and k are L2-normalised per head and q is divided by sqrt(d_k).
+After the read: gated RMSNorm per head, then W_O.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_recurrent.config import GatedDeltaNetConfig
+from hooked_recurrent.factors import Factors, state_dtype
+from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.layers.conv import ShortConv
+from hooked_recurrent.layers.norm import GatedRMSNorm, l2_normalize
+from hooked_recurrent.mixers.base import RecurrentMixer
+from hooked_recurrent.state import LayerState
+
+# Step sizes at initialisation, log-uniform: decays then span the time scales of Mamba-2 and of the Gated DeltaNet paper.
+DT_RANGE = (0.001, 0.1)
+
+
+class GatedDeltaNet(RecurrentMixer):
+    """The mixer of a Gated DeltaNet layer.
+
+    Upstream hooks, before those of `RecurrentMixer` (heads already expanded to value heads):
+
+        hook_q, hook_k   after the convolution, before the L2 norm   [batch, pos, head, d_k]
+        hook_v           after the convolution                       [batch, pos, head, d_v]
+        hook_beta        write strength in (0, 1)                    [batch, pos, head]
+    """
+
+    def __init__(self, cfg: GatedDeltaNetConfig, d_model: int, layer: int):
+        super().__init__(layer)
+        self.cfg = cfg
+        self.key_width, value_width = cfg.n_key_heads * cfg.d_k, cfg.n_heads * cfg.d_v
+        self.qkv = nn.Linear(d_model, 2 * self.key_width + value_width, bias=False)
+        self.gate = nn.Linear(d_model, value_width, bias=False)
+        self.beta = nn.Linear(d_model, cfg.n_heads, bias=False)
+        self.dt = nn.Linear(d_model, cfg.n_heads, bias=False)
+        self.conv = ShortConv(2 * self.key_width + value_width, cfg.conv_size)
+        self.norm = GatedRMSNorm(cfg.d_v, cfg.norm_eps)
+        self.out = nn.Linear(value_width, d_model, bias=False)
+        dt = torch.exp(torch.empty(cfg.n_heads).uniform_(*(math.log(bound) for bound in DT_RANGE)))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+        self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1.0, 16.0).log())
+        self.hook_q, self.hook_k = RecurrentHookPoint(), RecurrentHookPoint()
+        self.hook_v, self.hook_beta = RecurrentHookPoint(), RecurrentHookPoint()
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_v d_model"]:
+        """The output projection per head."""
+        return self.out.weight.T.unflatten(0, (self.cfg.n_heads, self.cfg.d_v))
+
+    def project(
+        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, stops: tuple[int, ...]
+    ) -> tuple[Factors, Tensor, list[LayerState]]:
+        """x to the six roles; the gate goes along to `read_out`."""
+        cfg = self.cfg
+        mixed, padded = self.conv(self.qkv(x), state.conv_tail)
+        query, key, value = mixed.split([self.key_width, self.key_width, cfg.n_heads * cfg.d_v], dim=-1)
+        expand = cfg.n_heads // cfg.n_key_heads
+        query, key = (self._heads(side, cfg.d_k).repeat_interleave(expand, dim=2) for side in (query, key))
+        query, key, value = self.hook_q(query), self.hook_k(key), self.hook_v(self._heads(value, cfg.d_v))
+        beta = self.hook_beta(self.beta(x).sigmoid())
+        wide = state_dtype(x.dtype)
+        step_size = nn.functional.softplus(self.dt(x).to(wide) + self.dt_bias.to(wide))
+        log_decay = -self.A_log.to(wide).exp() * step_size
+        factors = Factors(
+            log_decay=log_decay,
+            write_key=l2_normalize(key),
+            write_value=beta[..., None] * value,
+            query=l2_normalize(query) * cfg.d_k**-0.5,
+            erase_strength=-log_decay.exp() * beta,
+        )
+        tails = [LayerState(conv_tail=padded[:, stop : stop + cfg.conv_size - 1].clone()) for stop in stops]
+        return factors, self._heads(self.gate(x), cfg.d_v), tails
+
+    def read_out(
+        self, read: Float[Tensor, "batch pos head d_v"], beside: Float[Tensor, "batch pos head d_v"]
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        """Gated RMSNorm per head; `beside` is the gate before its SiLU."""
+        return self.norm(read, beside)
+
+    def project_out(self, z: Float[Tensor, "batch pos head d_v"]) -> Float[Tensor, "batch pos d_model"]:
+        """W_O over all heads at once."""
+        return self.out(z.flatten(2))
+
+    @staticmethod
+    def _heads(x: Tensor, width: int) -> Tensor:
+        return x.unflatten(-1, (-1, width))

@@ -1,0 +1,7 @@
+"""Rule name -> mixer class. A new rule adds its line here and in config.MIXER_CONFIGS."""
+
+from hooked_recurrent.config import GatedDeltaNetConfig
+from hooked_recurrent.mixers.base import RecurrentMixer
+from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNet
+
+MIXERS: dict[str, type[RecurrentMixer]] = {GatedDeltaNetConfig.rule: GatedDeltaNet}

@@ -1,0 +1,152 @@
+"""What a recurrent model remembers: per layer the matrix memory and the tails around it, and the position.
+
+A state is never changed in place: a forward call returns a new one, and `fork`, `index`, `to`, `with_matrix` give new
+ones too, so that a state can be kept, branched and reused freely.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "hooked_recurrent.state.v1"
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """The memory of one layer; what a kind of layer does not have is None."""
+
+    matrix: Float[Tensor, "batch head d_k d_v"] | None = None
+    """The matrix memory S, float32 or wider."""
+    conv_tail: Float[Tensor, "batch past channel"] | None = None
+    """The last inputs of the short convolution."""
+    keys: Float[Tensor, "batch pos kv_head d_head"] | None = None
+    """Cached keys of a softmax layer, after the rotary embedding."""
+    values: Float[Tensor, "batch pos kv_head d_head"] | None = None
+    """Cached values of a softmax layer."""
+
+    def map(self, change) -> "LayerState":
+        """A copy with `change` applied to every tensor that is present."""
+        return LayerState(**{name: change(value) for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+
+@dataclass(frozen=True)
+class RecurrentState:
+    """The memory of a whole model after `position` tokens."""
+
+    layers: tuple[LayerState, ...]
+    """One entry per block."""
+    position: int = 0
+    """How many tokens have been read; the absolute position of the next one."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of sequences, or None for a state that has seen nothing."""
+        for layer in self.layers:
+            for tensor in layer.tensors().values():
+                return tensor.shape[0]
+        return None
+
+    def map(self, change) -> "RecurrentState":
+        """A copy with `change` applied to every tensor."""
+        return replace(self, layers=tuple(layer.map(change) for layer in self.layers))
+
+    def clone(self) -> "RecurrentState":
+        """A deep copy."""
+        return self.map(torch.clone)
+
+    def detach(self) -> "RecurrentState":
+        """The same state, cut from the autograd graph."""
+        return self.map(torch.detach)
+
+    def to(self, *args, **kwargs) -> "RecurrentState":
+        """Every tensor moved as `torch.Tensor.to` does."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def fork(self, ways: int) -> "RecurrentState":
+        """Each sequence repeated `ways` times in a row: row b becomes rows b * ways ... b * ways + ways - 1."""
+        if ways < 1:
+            raise ValueError(f"a state is forked at least 1 way, got {ways}")
+        return self.map(lambda tensor: tensor.repeat_interleave(ways, dim=0))
+
+    def index(self, rows: int | slice | list[int] | Tensor) -> "RecurrentState":
+        """The chosen batch rows, in the order given; a single int keeps the batch axis."""
+        size = self.batch_size
+        chosen = [rows] if isinstance(rows, int) else rows
+        if isinstance(chosen, list) and size is not None:
+            for row in chosen:
+                if not -size <= row < size:
+                    raise IndexError(f"batch row {row} is out of range: the state holds {size} sequences")
+        return self.map(lambda tensor: tensor[chosen])
+
+    def with_matrix(self, layer: int, matrix: Float[Tensor, "batch head d_k d_v"]) -> "RecurrentState":
+        """The same state with another matrix memory in one layer."""
+        if not 0 <= layer < len(self.layers):
+            raise IndexError(f"layer {layer} is out of range: the state has {len(self.layers)} layers")
+        old = self.layers[layer].matrix
+        if old is None or old.shape != matrix.shape:
+            expected = "no matrix memory" if old is None else f"a matrix memory of shape {tuple(old.shape)}"
+            raise ValueError(f"layer {layer} has {expected}, got a matrix of shape {tuple(matrix.shape)}")
+        layers = list(self.layers)
+        layers[layer] = replace(layers[layer], matrix=matrix.to(old.dtype))
+        return replace(self, layers=tuple(layers))
+
+    @staticmethod
+    def stack(states: list["RecurrentState"]) -> "RecurrentState":
+        """One batch out of several states at the same position."""
+        if len({state.position for state in states}) != 1:
+            raise ValueError(f"stacked states must share one position, got {[state.position for state in states]}")
+        layers = []
+        for entries in zip(*(state.layers for state in states), strict=True):
+            names = entries[0].tensors()
+            layers.append(LayerState(**{name: torch.cat([getattr(e, name) for e in entries]) for name in names}))
+        return RecurrentState(tuple(layers), states[0].position)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, atomically."""
+        path = Path(path)
+        tensors = {
+            f"layers.{index}.{name}": tensor.contiguous()
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors().items()
+        }
+        about = {"format": FORMAT, "position": str(self.position), "n_layers": str(len(self.layers))}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"state": json.dumps(about)})
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+
+    @staticmethod
+    def load(path: str | Path, device: str | torch.device = "cpu") -> "RecurrentState":
+        """Read a file that `save` wrote; a missing, truncated or foreign file is one clear error."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no state file at {path}")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                about = json.loads((file.metadata() or {}).get("state", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{path} is no saved RecurrentState: its format is {about.get('format')!r}, not {FORMAT!r}")
+        layers: list[dict[str, Tensor]] = [{} for _ in range(int(about["n_layers"]))]
+        for name, tensor in tensors.items():
+            _, index, field = name.split(".")
+            layers[int(index)][field] = tensor
+        return RecurrentState(tuple(LayerState(**entry) for entry in layers), int(about["position"]))

@@ -1,0 +1,59 @@
+"""Text in, tokens out, and back: the tokenizer conveniences that transformer_lens users expect of a model."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+class TextMixin:
+    """Gives a model `to_tokens`, `to_string`, `to_str_tokens` and `to_single_token` over its `tokenizer`."""
+
+    tokenizer: Any
+    device: torch.device
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass tokens, or give one as from_hf(model, tokenizer=...)")
+        return self.tokenizer
+
+    def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids; a batch of texts must come out equally long, since a recurrent state cannot skip padding.
+
+        prepend_bos: by default the tokenizer's BOS token is put in front if it has one.
+        """
+        tokenizer = self._need_tokenizer()
+        texts = [text] if isinstance(text, str) else list(text)
+        bos = tokenizer.bos_token_id
+        if prepend_bos is None:
+            prepend_bos = bos is not None
+        if prepend_bos and bos is None:
+            raise ValueError("prepend_bos=True, but this tokenizer has no BOS token")
+        rows = [tokenizer.encode(one, add_special_tokens=False) for one in texts]
+        rows = [[bos, *row] if prepend_bos else row for row in rows]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"texts of one batch must have equally many tokens, got {[len(row) for row in rows]}")
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
+
+    def to_string(self, tokens: Int[Tensor, "*batch pos"] | list[int] | int) -> str | list[str]:
+        """The text of one sequence, or a list of texts for a batch."""
+        tokenizer, tokens = self._need_tokenizer(), torch.as_tensor(tokens)
+        if tokens.ndim == 2:
+            return [tokenizer.decode(row.tolist()) for row in tokens]
+        return tokenizer.decode(tokens.reshape(-1).tolist())
+
+    def to_str_tokens(self, text: str | Int[Tensor, "*batch pos"], prepend_bos: bool | None = None) -> list[str]:
+        """Each token of one text, or of one row of tokens, as its own string."""
+        tokens = self.to_tokens(text, prepend_bos) if isinstance(text, str) else torch.as_tensor(text)
+        if tokens.ndim == 2 and tokens.shape[0] != 1:
+            raise ValueError(f"to_str_tokens takes one sequence, got a batch of {tokens.shape[0]}")
+        tokenizer = self._need_tokenizer()
+        return [tokenizer.decode([token]) for token in tokens.reshape(-1).tolist()]
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token."""
+        row = self._need_tokenizer().encode(text, add_special_tokens=False)
+        if len(row) != 1:
+            raise ValueError(f"{text!r} is {len(row)} tokens, not one")
+        return row[0]
