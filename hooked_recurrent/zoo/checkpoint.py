@@ -1,8 +1,8 @@
 """Checkpoints of a training run: a folder per step, complete or absent, never half written.
 
-`checkpoint-0001200/` holds `model.safetensors` (each parameter once, tied weights included) and `training.pt` (optimisers,
-random generator, clock; read back with `weights_only=True`, so no code is ever executed). The folder is written under a
-temporary name and renamed, which the file system does in one piece.
+`checkpoint-0001200/` holds `model.safetensors` (each parameter once, tied weights included) and `training.pt`
+(optimisers, random generator, clock; read back with `weights_only=True`, so no code is ever executed). The folder is
+written under a temporary name and renamed, which the file system does in one piece.
 """
 
 import os

@@ -8,8 +8,8 @@ The split is by FILE, from a hash of the file's name relative to the library: th
 modulo 10; remainder 0 is "heldout", the rest "train". A file therefore keeps its side in every Python version.
 
 Test suites (any folder `test`, `tests` or `idle_test` on the way) are stripped by many distributions. They are only
-ever read for training the language model (`include_tests=True`), are never held out, and never enter a demo's text: what
-is measured on held-out files does not depend on whether a distribution ships its tests.
+ever read for training the language model (`include_tests=True`), are never held out, and never enter a demo's text:
+what is measured on held-out files does not depend on whether a distribution ships its tests.
 """
 
 import hashlib

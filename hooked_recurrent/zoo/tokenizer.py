@@ -1,10 +1,10 @@
 """Byte-level BPE for Python source: 4,096 pieces, lossless, indentation kept in one piece.
 
 Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, over bytes as in GPT-2) starts from the 256 bytes and merges the
-most frequent neighbours, never across the pieces that a regular expression cuts first. The usual expressions cut a run of
-spaces from its line break; in Python source a line break and the indent that follows it are one event, so here
-`"\\n        "` is one piece and, being frequent, one token, and so is `"):\\n        "`. A word takes along one character before it (a space, a dot, an
-opening bracket), as `.append` and `(self` deserve.
+most frequent neighbours, never across the pieces that a regular expression cuts first. The usual expressions cut a run
+of spaces from its line break; in Python source a line break and the indent that follows it are one event, so here
+`"\\n        "` is one piece and, being frequent, one token, and so is `"):\\n        "`. A word takes along one
+character before it (a space, a dot, an opening bracket): `.append` and `(self` are tokens.
 
 The only special token is `<|endoftext|>`, id 0: it comes before every document.
 """

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from hooked_recurrent.config import GatedDeltaNetConfig, ModelConfig
 from hooked_recurrent.zoo import checkpoint, corpus
+from hooked_recurrent.zoo.muon import Muon
 from hooked_recurrent.zoo.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
 LOG_NAME = "training_log.jsonl"
@@ -146,9 +147,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> dict[str, torch.optim.O
     others = [p for name, p in trained if not is_muon_matrix(name, p)]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if matrices:
-        optimizers["muon"] = torch.optim.Muon(
-            matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay, adjust_lr_fn="original"
-        )
+        optimizers["muon"] = Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay)
     if others:
         optimizers["adamw"] = torch.optim.AdamW(
             others, lr=recipe.adam_lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
@@ -240,7 +239,7 @@ class Trainer:
                 self.save()
 
     def log(self, **measured: float) -> None:
-        """Append one JSON line: step, what was measured, tokens read, seconds in training steps, learning rate factor."""
+        """Append one JSON line: step, what was measured, tokens read, seconds in training steps, rate factor."""
         tokens = self.step * self.recipe.batch * self.recipe.seq_len
         line = {"step": self.step, **{name: round(value, 5) for name, value in measured.items()}, "tokens": tokens}
         line |= {"seconds": round(self.seconds, 1), "lr": round(lr_factor(self.step - 1, self.recipe), 5)}
@@ -255,7 +254,7 @@ class Trainer:
         checkpoint.save(self.folder, self.step, self.model, state)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint exactly; log lines after it are dropped. `ValueError` if there is none."""
+        """Continue from the newest checkpoint exactly, dropping later log lines; `ValueError` if there is none."""
         self.step, state = checkpoint.load_newest(self.folder, self.model)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
