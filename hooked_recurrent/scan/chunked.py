@@ -78,12 +78,11 @@ def _scan_equal_chunks(factors: Factors, state: State, size: int) -> tuple[Read,
     """Scan a length that is a multiple of the chunk size."""
     chunk = _tied_chunk(factors, size) if factors.erase_strength is not None else _decoupled_chunk(factors, size)
     incoming = []
-    for index in range(factors.length // size):
+    carries = chunk.decay[..., None] if chunk.transition is None else chunk.transition
+    # unbind, not indexing: its backward is one stack instead of a zero-filled tensor per chunk
+    for carry, injection in zip(carries.unbind(2), chunk.injection.unbind(2), strict=True):
         incoming.append(state)
-        if chunk.transition is None:
-            state = torch.addcmul(chunk.injection[:, :, index], chunk.decay[:, :, index, :, None], state)
-        else:
-            state = chunk.injection[:, :, index] + chunk.transition[:, :, index] @ state
+        state = injection + (carry * state if chunk.transition is None else carry @ state)
     read = chunk.local + chunk.reader @ torch.stack(incoming, dim=2)
     return read.flatten(2, 3).transpose(1, 2), state
 
