@@ -18,7 +18,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooked_recurrent.config import GatedDeltaNetConfig, ModelConfig
+from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import checkpoint, corpus
 from hooked_recurrent.zoo.muon import Muon
 from hooked_recurrent.zoo.tokenizer import encode_documents, load_tokenizer, train_tokenizer
@@ -189,6 +190,7 @@ class Trainer:
 
     @property
     def log_path(self) -> Path:
+        """Where the JSON lines of `log` go."""
         return self.folder / LOG_NAME
 
     def train_step(self) -> float:
@@ -289,8 +291,6 @@ def train(name: str, recipe: Recipe, out: Path, resume: bool = False, stop_after
 
     Raises `ValueError` when `out` already holds a run and `resume` is not given, or holds none and it is.
     """
-    from hooked_recurrent.model import HookedRecurrentModel
-
     if not resume and checkpoint.newest(out) is not None:
         raise ValueError(f"{str(out)!r} already holds a run: pass --resume to continue it, or choose another folder")
     files = corpus.standard_library("train", include_tests=True)
@@ -342,8 +342,6 @@ def main(
     resume: Annotated[bool, typer.Option(help="Continue the run in --out exactly where its checkpoint is.")] = False,
 ) -> None:
     """Train a small recurrent language model on the source files of the Python standard library."""
-    from dataclasses import replace
-
     chosen = {"steps": steps, "batch": batch, "seq_len": seq_len, "seed": seed, "muon_lr": muon_lr, "adam_lr": adam_lr}
     given = {field: value for field, value in chosen.items() if value is not None}
     train(recipe, replace(find_recipe(recipe), **given), out, resume, stop_after)
