@@ -1,0 +1,137 @@
+"""From a name, a folder or a transformers model to a HookedRecurrentModel: find the family, build on meta, fill."""
+
+import json
+import os
+import tempfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hooked_recurrent.config import ModelConfig
+from hooked_recurrent.loading import qwen
+from hooked_recurrent.loading.checkpoint import Checkpoint, FolderCheckpoint, MemoryCheckpoint, export, fill
+from hooked_recurrent.model import HookedRecurrentModel
+from hooked_recurrent.zoo.bundled import bundled_models
+
+FAMILIES = {model_type: qwen for model_type in qwen.MODEL_TYPES}
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def load_pretrained(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> HookedRecurrentModel:
+    """Load by the name of a bundled model, a local folder, or a hub repository "owner/name".
+
+    Tensors are read one at a time, so the peak of memory is about one copy of the model.
+
+    Raises:
+        ValueError: for an unknown name or family, and a checkpoint that does not fit its config.
+        FileNotFoundError: for a folder without config or weights.
+    """
+    from transformers import AutoConfig
+
+    folder = _find_folder(name)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is no model folder in transformers' layout")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    _family(model_type)
+    hf_config = AutoConfig.from_pretrained(folder)
+    return _build(hf_config, FolderCheckpoint(folder), str(name), _load_tokenizer(folder), dtype, device)
+
+
+def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentModel:
+    """Convert a transformers model in memory, keeping its dtype and device; the weights are copied."""
+    config: Any = getattr(hf_model, "config", None)
+    if config is None:
+        raise TypeError(f"expected a transformers model, got {type(hf_model).__name__}")
+    _family(config.model_type)
+    name = config.name_or_path or type(hf_model).__name__
+    weight = next(hf_model.parameters())
+    checkpoint = MemoryCheckpoint(hf_model.state_dict(), type(hf_model).__name__)
+    return _build(config, checkpoint, name, tokenizer, weight.dtype, weight.device)
+
+
+def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
+    """Write the model in transformers' layout, each file atomically; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    family = FAMILIES["qwen3_5_text"]
+    tensors = export(model, family.entries(model.cfg, [], "qwen3_5_text"))
+    config = family.config_to_hf(model.cfg) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        save_file(tensors, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+        (Path(temporary) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(temporary)
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
+    return folder
+
+
+def _build(
+    hf_config: Any,
+    checkpoint: Checkpoint,
+    name: str,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> HookedRecurrentModel:
+    family = _family(hf_config.model_type)
+    cfg: ModelConfig = family.config_from_hf(hf_config, name)
+    with torch.device("meta"):
+        model = HookedRecurrentModel(cfg, tokenizer)
+    names = checkpoint.names()
+    tied_copy = "lm_head.weight" if cfg.tied_embeddings else None
+    entries = family.entries(cfg, names, hf_config.model_type)
+    fill(
+        model,
+        entries,
+        checkpoint,
+        ignored=lambda tensor: tensor == tied_copy or family.ignored(tensor),
+        dtype=dtype,
+        device=device,
+    )
+    if tied_copy in names and not torch.equal(checkpoint.take("lm_head.weight").to(model.W_E), model.W_E):
+        raise ValueError(f"{checkpoint.origin} says its embeddings are tied, but its lm_head.weight differs from them")
+    return model.eval()
+
+
+def _family(model_type: str | None) -> Any:
+    if model_type not in FAMILIES:
+        near = get_close_matches(str(model_type), FAMILIES, n=1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"model type {model_type!r} is not supported; known are {', '.join(FAMILIES)}{hint}")
+    return FAMILIES[model_type]
+
+
+def _find_folder(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    bundled = bundled_models()
+    if str(name) in bundled:
+        return bundled[str(name)]
+    looks_local = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
+    if looks_local:
+        near = get_close_matches(str(name), bundled, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(bundled) or "none"
+        raise ValueError(f"{str(name)!r} is neither a folder, nor a hub name 'owner/name', nor bundled ({known}){hint}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"could not fetch {str(name)!r} from the hub: {error}") from error
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
