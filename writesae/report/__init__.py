@@ -1,5 +1,5 @@
 """Figures and the one-page report of a replacement test."""
 
-from .page import write_report
+from writesae.report.page import write_report
 
 __all__ = ["write_report"]

@@ -16,8 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from PIL import Image
 from scipy.stats import gaussian_kde
 
-from ..evaluation.statistics import wilson_interval
-from .svg import ATOM, DELETE, GRID, INK, MUTED, RANDOM, draw, power_of_ten
+from writesae.evaluation.statistics import wilson_interval
+from writesae.report.svg import ATOM, DELETE, GRID, INK, MUTED, RANDOM, draw, power_of_ten
 
 SMALLEST_KL = 1e-10
 """Where KLs of zero are drawn on a logarithmic axis, in nats."""
@@ -180,9 +180,9 @@ def condition_strip(table: Mapping[str, np.ndarray], colours: Mapping[str, str])
 
 
 def training_curves(log: pd.DataFrame) -> str:
-    """Unexplained variance (top) and share of dead atoms (bottom) by training step.
+    """Unexplained variance (top) and number of dead atoms (bottom) by training step.
 
-    `log` has `step` and `fvu`, and `dead` as a share of all atoms where it was recorded.
+    `log` has `step` and `fvu`, and `dead` where it was recorded.
     """
     with_dead = "dead" in log
 
@@ -196,9 +196,8 @@ def training_curves(log: pd.DataFrame) -> str:
         bottom = upper
         if lower is not None:
             lower.plot(log["step"], log["dead"], color=DELETE, linewidth=1.5)
-            lower.set_ylim(0, max(0.05, 1.08 * float(log["dead"].max())))
-            lower.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            lower.yaxis.set_major_locator(MaxNLocator(4))
+            lower.set_ylim(0, max(4.0, 1.08 * float(log["dead"].max())))
+            lower.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             lower.set_ylabel("dead atoms")
             bottom = lower
         bottom.set_xlabel("training step")
@@ -219,23 +218,28 @@ def _round_numbers(low: float, high: float) -> list[float]:
 def half_life_strip(half_lives: pd.DataFrame, cell: tuple[int, int] | None = None) -> str:
     """One dot per head: after how many tokens its decay alone has halved what was written, by layer.
 
-    `half_lives` has the columns `layer`, `head` and `half_life` (tokens, the median over text); `cell` is the
-    (layer, head) that the report is about, drawn larger. A head that never forgets (infinity) is drawn at the top edge.
+    `half_lives` has the columns `layer`, `head` and `median` (tokens), and with `lower_quartile` and `upper_quartile`
+    each dot gets a bar; `cell` is the (layer, head) that the report is about, drawn larger. A head that never forgets
+    (infinity) is drawn at the top edge.
     """
     layers = sorted(half_lives["layer"].unique())
-    finite = half_lives["half_life"][np.isfinite(half_lives["half_life"])]
-    low, high = (max(float(finite.min()), 1e-3), float(finite.max())) if len(finite) else (1.0, 2.0)
+    bars = [name for name in ("lower_quartile", "upper_quartile") if name in half_lives]
+    tokens = half_lives[["median", *bars]].to_numpy(float)
+    tokens = tokens[np.isfinite(tokens) & (tokens > 0)]
+    low, high = (max(float(tokens.min()), 0.05), float(tokens.max())) if len(tokens) else (1.0, 2.0)
     low, high = 2.0 ** np.floor(np.log2(low) - 0.5), 2.0 ** np.ceil(np.log2(max(high, 2 * low)) + 0.5)
 
     def paint(axes: Axes) -> None:
         for place, layer in enumerate(layers):
-            heads = half_lives[half_lives["layer"] == layer].sort_values("head")
+            heads = half_lives[half_lives["layer"] == layer].sort_values("head")[["head", "median", *bars]]
             spread = np.linspace(-0.28, 0.28, len(heads)) if len(heads) > 1 else np.zeros(1)
-            here = [cell == (int(layer), int(head)) for head in heads["head"]]
-            tokens = heads["half_life"].clip(low, high).to_numpy()
+            here = [cell == (int(layer), int(head)) for head in heads.pop("head")]
             for chosen, colour, size in ((False, MUTED, 5), (True, ATOM, 9)):
                 pick = np.array(here) == chosen
-                axes.plot(place + spread[pick], tokens[pick], "o", color=colour, markersize=size, markeredgewidth=0)
+                across, shown = place + spread[pick], heads[pick].clip(low, high)
+                if len(bars) == 2:
+                    axes.vlines(across, shown[bars[0]], shown[bars[1]], color=colour, linewidth=1.2, alpha=0.4)
+                axes.plot(across, shown["median"], "o", color=colour, markersize=size, markeredgewidth=0)
         axes.set(yscale="log", ylim=(low, high), xlim=(-0.6, len(layers) - 0.4), xlabel="layer")
         axes.set_ylabel("half-life of a write (tokens)")
         powers = np.arange(np.log2(low), np.log2(high) + 0.5)

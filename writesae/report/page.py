@@ -18,10 +18,10 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import tables
-from .figures import atom_heat_map
-from .panels import background_panels, result_panels, short
-from .text import context_markup, plain
+from writesae.report import tables
+from writesae.report.figures import atom_heat_map
+from writesae.report.panels import background_panels, result_panels, short
+from writesae.report.text import context_markup, plain
 
 ATOM_KEYS = ("id", "key_factor", "value_factor", "firing_rate", "median_coefficient", "win_rate", "contexts")
 """What each entry of `atoms` holds."""
@@ -33,13 +33,13 @@ def write_report(
     title: str,
     settings: Mapping[str, Any],
     firings: pd.DataFrame,
-    summary: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]],
     atoms: Sequence[Mapping[str, Any]],
     training_log: pd.DataFrame | Sequence[Mapping[str, Any]] | None = None,
-    half_lives: pd.DataFrame | None = None,
+    half_lives: pd.DataFrame | Sequence[Mapping[str, Any]] | None = None,
     notes: Sequence[str] = (),
     condition: str = "atom_listed_coef",
-    control: str = "random_atom",
+    control: str = "random_listed_coef",
     reading: str = "in_recurrence",
     cell: tuple[int, int] | None = None,
 ) -> Path:
@@ -50,13 +50,15 @@ def write_report(
         title: What the page is about.
         settings: Names and values of everything that was chosen, so that the run can be repeated.
         firings: One row per firing and reading, with KLs in nats; `tables.py` says which columns.
-        summary: Rows of results by name, each a mapping from column to a number, text, `Interval` or `Spread`.
+        summary: What `ReplacementResult.summary()` returns; or rows of results by name, each a mapping from column to
+            a number, text, `Interval` or `Spread`.
         atoms: The atoms to show, in this order, each with the keys of `ATOM_KEYS`: an integer `id`, `key_factor`
             [d_k] and `value_factor` [d_v] as numpy arrays, `firing_rate` (share of tokens), `median_coefficient`,
             `win_rate` (or None), and `contexts`, each with `tokens`, `weights`, `firing_index`, `file`, `coefficient`
             and where it helps `position`.
-        training_log: Rows with `step`, `fvu` and `dead` (share of atoms), or None.
-        half_lives: Columns `layer`, `head`, `half_life` (tokens), or None.
+        training_log: Rows with `step`, `fvu` and `dead` (number of atoms), or None.
+        half_lives: Rows with `layer`, `head`, `median` and, where known, `lower_quartile` and `upper_quartile`
+            (tokens), or None.
         notes: Remarks, a paragraph each.
         condition: The condition that the headline compares with deletion.
         control: The condition that stands for chance; ignored where `firings` has no such column.
@@ -113,8 +115,10 @@ def _environment() -> Environment:
     return environment
 
 
-def _summary_table(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _summary_table(summary: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Columns in the order they first appear, and each row's cells as text."""
+    if not isinstance(summary, Mapping):
+        summary = tables.replacement_rows(summary)
     columns = list(dict.fromkeys(column for row in summary.values() for column in row))
     rows = {
         str(name): [tables.cell_text(str(column), row[column]) if column in row else "" for column in columns]

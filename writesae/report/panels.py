@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from . import figures, tables
-from .svg import ATOM, DELETE, RANDOM
-from .text import plain
+from writesae.report import figures, tables
+from writesae.report.svg import ATOM, DELETE, RANDOM
+from writesae.report.text import plain
 
 SCATTER = """Each dot is one firing. Across: how far the model's prediction moves when the write is deleted. Up: how far
 it moves when one atom takes the write's place. Below the diagonal the atom is the better stand-in. A shaded band along
@@ -22,9 +22,9 @@ interval. Dashes mark a coin toss, the solid line all firings together. Short ba
 SPREAD = """Each line is one thing put in place of the write: the dot is the median KL, the thick bar holds the middle
 half of the firings, the thin one the middle 90%. Further left is closer to the untouched model."""
 TRAINING = """Top: the share of the writes' variance that the dictionary leaves unexplained, so lower is better. Bottom,
-where it was recorded: the share of atoms that have not fired for a while."""
+where it was recorded: the number of atoms that have not fired for a while."""
 HALF_LIVES = """Each dot is one head: the number of tokens after which its decay gate alone has halved what was written.
-High heads carry writes far, low heads forget within a few tokens."""
+Bars hold the middle half of the tokens. High heads carry writes far, low heads forget within a few tokens."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,19 @@ def result_panels(firings: pd.DataFrame, reading: str, condition: str, control: 
 
 def background_panels(
     training_log: pd.DataFrame | Sequence[Mapping[str, Any]] | None,
-    half_lives: pd.DataFrame | None,
+    half_lives: pd.DataFrame | Sequence[Mapping[str, Any]] | None,
     cell: tuple[int, int] | None,
 ) -> list[Panel]:
     """How the dictionary was trained and how long the heads remember, as far as either was recorded."""
     panels = []
-    log = pd.DataFrame(training_log) if training_log is not None else pd.DataFrame()
+    log, lives = (pd.DataFrame(rows if rows is not None else ()) for rows in (training_log, half_lives))
     if len(log):
         _require_columns("training_log", log, ("step", "fvu"))
         panels.append(_panel("Training the dictionary", figures.training_curves(log), TRAINING))
-    if half_lives is not None and len(half_lives):
-        _require_columns("half_lives", half_lives, ("layer", "head", "half_life"))
+    if len(lives):
+        _require_columns("half_lives", lives, ("layer", "head", "median"))
         caption = HALF_LIVES + (" The large dot is the head studied here." if cell else "")
-        panels.append(_panel("How long each head remembers", figures.half_life_strip(half_lives, cell), caption))
+        panels.append(_panel("How long each head remembers", figures.half_life_strip(lives, cell), caption))
     return panels
 
 

@@ -2,11 +2,11 @@
 
 `firings` has one row per firing and reading: `atom`, `reading` (where the KL was read: "in_recurrence" at the firing
 token, "cache" at the next one, "horizon" as a mean over the next few) and one column `kl_<condition>` per condition, in
-nats. A condition that was not run in some reading is NaN there, and every number printed says how many firings it
-rests on.
+nats; the other direction of the divergence, `kl_reverse_<condition>`, is not shown. A condition that was not run in
+some reading is NaN there, and every number printed says how many firings it rests on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import get_close_matches
 from numbers import Real
@@ -15,21 +15,37 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..evaluation.statistics import Interval, Spread, cluster_bootstrap, median_mad, win_rate
+from writesae.evaluation.statistics import Interval, Spread, cluster_bootstrap, median_mad, win_rate
 
 CONDITIONS = {
     "native": "the write itself, put back (the floor)",
     "atom_listed_coef": "the listed atom at its coefficient",
-    "atom_listed_native_norm": "the listed atom at the write's norm",
+    "atom_listed_norm": "the listed atom at the write's norm",
     "atom_dominant_coef": "the strongest active atom at its coefficient",
-    "atom_dominant_native_norm": "the strongest active atom at the write's norm",
+    "atom_dominant_norm": "the strongest active atom at the write's norm",
     "delete": "nothing: the write deleted",
-    "random_atom": "a random atom at the same coefficient",
-    "random_silent_atom": "a random atom that does not fire, at the write's norm",
-    "random_empirical": "random factors drawn from real writes, at the write's norm",
-    "random_gaussian": "a random rank-1 matrix at the write's norm",
+    "random_listed_coef": "a random atom at the listed atom's coefficient",
+    "random_dominant_coef": "a random atom at the strongest atom's coefficient",
+    "random_silent_norm": "a random silent atom at the write's norm",
+    "random_empirical_norm": "coordinates of real writes, mixed, at the write's norm",
+    "random_gaussian_norm": "a Gaussian outer product at the write's norm",
 }
 """What takes the place of the write, in words; a condition that is missing here is shown by its own name."""
+
+SHORT_CONDITIONS = {
+    "native": "write put back",
+    "atom_listed_coef": "listed atom",
+    "atom_listed_norm": "listed atom, write's norm",
+    "atom_dominant_coef": "strongest atom",
+    "atom_dominant_norm": "strongest atom, write's norm",
+    "delete": "deletion",
+    "random_listed_coef": "random atom",
+    "random_dominant_coef": "random atom, strongest's size",
+    "random_silent_norm": "silent atom, write's norm",
+    "random_empirical_norm": "mixed writes, write's norm",
+    "random_gaussian_norm": "Gaussian, write's norm",
+}
+"""The same, short enough for a figure."""
 
 READINGS = {
     "in_recurrence": "at the firing token",
@@ -37,20 +53,6 @@ READINGS = {
     "horizon": "mean over the next tokens",
 }
 """Where a KL is read, in words."""
-
-SHORT_CONDITIONS = {
-    "native": "write put back",
-    "atom_listed_coef": "listed atom",
-    "atom_listed_native_norm": "listed atom, write's norm",
-    "atom_dominant_coef": "strongest atom",
-    "atom_dominant_native_norm": "strongest atom, write's norm",
-    "delete": "deletion",
-    "random_atom": "random atom",
-    "random_silent_atom": "silent atom, write's norm",
-    "random_empirical": "random factors, write's norm",
-    "random_gaussian": "random rank 1, write's norm",
-}
-"""The same, short enough for a figure."""
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -86,7 +88,8 @@ def check_firings(firings: pd.DataFrame, atom: str) -> None:
 
 def conditions_of(firings: pd.DataFrame) -> list[str]:
     """The conditions of the table: known ones in the order of `CONDITIONS`, then the others as they stand."""
-    names = [str(column).removeprefix("kl_") for column in firings.columns if str(column).startswith("kl_")]
+    columns = [str(column) for column in firings.columns]
+    names = [column[3:] for column in columns if column.startswith("kl_") and not column.startswith("kl_reverse_")]
     known = list(CONDITIONS)
     return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
 
@@ -160,6 +163,24 @@ def kl_ratios(firings: pd.DataFrame, reading: str, atom: str, others: list[str])
     return ratios
 
 
+def replacement_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows of `ReplacementResult.summary()`, named by reading and substitute, shares with their intervals."""
+    table = {}
+    for row in rows:
+        substitute = words(f"atom_{row['pool']}_{row['scale']}", SHORT_CONDITIONS)
+        table[f"{words(row['reading'], READINGS)}: {substitute}"] = {
+            "firings": row["n"],
+            "closer than deletion": Interval(row["win_rate"], *row["wilson"], method="Wilson score"),
+            "over atoms": " to ".join(percent(bound) for bound in row["by_atom"]),
+            "over passages": " to ".join(percent(bound) for bound in row["by_passage"]),
+            "closer than random": percent(row["win_rate_vs_random"]),
+            "atom < deletion < random": percent(row["strict_chain"]),
+            "median deletion ÷ atom": row["median_ratio_delete_to_atom"],
+            "Wilcoxon p": row["wilcoxon_p"],
+        }
+    return table
+
+
 def kls_by_condition(firings: pd.DataFrame, reading: str) -> dict[str, np.ndarray]:
     """All KLs of one reading, by condition; conditions that were not run in it are left out."""
     columns = {name: compared(firings, reading, name)[f"kl_{name}"].to_numpy() for name in conditions_of(firings)}
@@ -188,7 +209,7 @@ def percent(value: Real) -> str:
 
 def cell_text(column: str, value: Any) -> str:
     """One cell of a summary: shares as percentages by their column's name, intervals with their bounds."""
-    is_share = any(part in column.lower() for part in ("rate", "share", "win", "fraction", "chain"))
+    is_share = any(part in column.lower() for part in ("rate", "share", "win", "fraction", "chain", "closer"))
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping) and {"estimate", "low", "high"} <= set(value):

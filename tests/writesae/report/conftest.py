@@ -43,8 +43,9 @@ def make_firings(n_atoms: int = 6, per_atom: int = 8) -> pd.DataFrame:
                         "kl_delete": delete,
                         "kl_atom_listed_coef": better,
                         "kl_atom_dominant_coef": better / 2 if reading == "cache" else np.nan,
-                        "kl_random_atom": 3 * delete,
+                        "kl_random_listed_coef": 3 * delete,
                         "kl_something_new": delete,
+                        "kl_reverse_delete": delete,
                     }
                 )
     return pd.DataFrame(rows)
@@ -78,8 +79,8 @@ def hostile():
 @pytest.fixture
 def report(firings):
     """Every argument of `write_report` but the path; a test may change some of them."""
-    log = [{"step": step, "fvu": 1 / (1 + step), "dead": 0.1} for step in range(0, 50, 10)]
-    half_lives = pd.DataFrame([{"layer": i, "head": j, "half_life": 2.0 ** (i + j)} for i in (0, 2) for j in range(3)])
+    log = [{"step": step, "fvu": 1 / (1 + step), "dead": 3} for step in range(0, 50, 10)]
+    half_lives = pd.DataFrame([{"layer": i, "head": j, "median": 2.0 ** (i + j)} for i in (0, 2) for j in range(3)])
     return {
         "title": "A made-up report",
         "settings": {"seed": 0, "hook": "blocks.0.mixer.hook_write"},

@@ -15,8 +15,9 @@ from writesae.report.svg import ROLES, power_of_ten
 
 RNG = np.random.default_rng(0)
 WINS = pd.DataFrame({"atom": [3, 1, 2], "wins": [1, 9, 5], "total": [10, 10, 10]})
-LOG = pd.DataFrame({"step": [0, 10, 20], "fvu": [0.9, 0.3, 0.2], "dead": [0.5, 0.1, 0.0]})
-HALF_LIVES = pd.DataFrame({"layer": [0, 0, 2], "head": [0, 1, 0], "half_life": [0.4, 300.0, np.inf]})
+LOG = pd.DataFrame({"step": [0, 10, 20], "fvu": [0.9, 0.3, 0.2], "dead": [500, 10, 0]})
+HALF_LIVES = pd.DataFrame({"layer": [0, 0, 2], "head": [0, 1, 0], "median": [0.4, 300.0, np.inf]})
+QUARTILES = HALF_LIVES.assign(lower_quartile=[0.0, 200.0, 1e5], upper_quartile=[2.0, np.inf, np.inf])
 DRAWINGS = {
     "scatter": lambda: figures.kl_scatter(np.array([1e-3, 0.0, 1e-2]), np.array([1e-2, 1e-4, 0.0]), np.full(3, 1e-6)),
     "ratios": lambda: figures.ratio_density({"deletion": 10 ** RNG.normal(size=50), "random": np.ones(5)}),
@@ -26,6 +27,7 @@ DRAWINGS = {
     "training, no dead": lambda: figures.training_curves(LOG.drop(columns="dead")),
     "training, one row": lambda: figures.training_curves(LOG.iloc[:1]),
     "half-lives": lambda: figures.half_life_strip(HALF_LIVES, (2, 0)),
+    "half-lives with bars": lambda: figures.half_life_strip(QUARTILES),
     "half-lives, all endless": lambda: figures.half_life_strip(HALF_LIVES.iloc[2:]),
     "heat map": lambda: figures.atom_heat_map(np.arange(3.0), np.array([1.0, -1.0]), 'an "atom" <1>'),
 }

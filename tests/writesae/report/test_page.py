@@ -79,7 +79,7 @@ def test_page_has_everything_once(tmp_path, report):
     ]
     targets = [a["href"][1:] for tag in ("a", "use") for a in found.named(tag) if a.get("href", "").startswith("#")]
     assert set(targets) <= set(ids), "every link inside the page leads somewhere"
-    for words in ("A made-up report", "83.3% [69.9%, 91.4%]"[:5], "blocks.0.mixer.hook_write", "Two.", "something new"):
+    for words in ("A made-up report", "83.3% [", "blocks.0.mixer.hook_write", "Two.", "something new"):
         assert words in found.text
     assert len(found.named("mark")) == 4
     assert path.stat().st_size < 3_000_000
@@ -110,7 +110,7 @@ def test_hostile_text_is_shown_and_runs_nothing(tmp_path, report, hostile):
 
 def test_optional_parts_may_be_missing(tmp_path, report):
     report.update(training_log=None, half_lives=None, notes=(), summary={}, atoms=[], cell=None)
-    report["firings"] = report["firings"].drop(columns=["kl_native", "kl_random_atom", "passage"])
+    report["firings"] = report["firings"].drop(columns=["kl_native", "kl_random_listed_coef", "passage"])
     found = parsed(write_report(tmp_path / "r.html", reading="horizon", **report))
     assert len(found.named("figure")) == 4
     assert "No atom is shown" in found.text

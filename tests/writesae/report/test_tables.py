@@ -11,7 +11,7 @@ ATOM = "atom_listed_coef"
 
 
 def test_headline_counts_only_its_reading(firings):
-    head = tables.headline(firings, "in_recurrence", ATOM, "random_atom")
+    head = tables.headline(firings, "in_recurrence", ATOM, "random_listed_coef")
     rows = firings[firings["reading"] == "in_recurrence"]
     wins = int((rows["kl_atom_listed_coef"] < rows["kl_delete"]).sum())
     assert head.win == wilson_interval(wins, len(rows))
@@ -19,7 +19,7 @@ def test_headline_counts_only_its_reading(firings):
     assert head.by_atom.estimate == pytest.approx(head.win.estimate)
     assert "6 clusters" in head.by_atom.method and "8 clusters" in head.by_passage.method
     assert head.medians["delete"] == median_mad(rows["kl_delete"])
-    assert list(head.medians) == [ATOM, "delete", "random_atom", "native"]
+    assert list(head.medians) == [ATOM, "delete", "random_listed_coef", "native"]
 
 
 def test_headline_without_clusters_or_control(firings):
@@ -35,7 +35,7 @@ def test_conditions_keep_a_known_order_and_new_ones_are_not_lost(firings):
         "atom_listed_coef",
         "atom_dominant_coef",
         "delete",
-        "random_atom",
+        "random_listed_coef",
         "something_new",
     ]
     assert tables.readings_of(firings) == ["in_recurrence", "cache"]
@@ -66,6 +66,19 @@ def test_ratios_leave_out_zeros():
     ratios = tables.kl_ratios(frame, "cache", "a", ["delete", "c"])
     assert list(ratios) == ["delete"]
     assert ratios["delete"].tolist() == [2.0]
+
+
+def test_rows_of_a_replacement_result_are_named_in_words():
+    row = {"reading": "cache", "pool": "dominant", "scale": "norm", "n": 20, "win_rate": 0.5, "wilson": [0.3, 0.7]}
+    row |= {"by_atom": [0.2, 0.8], "by_passage": [0.1, 0.9], "win_rate_vs_random": 0.95, "strict_chain": 0.45}
+    row |= {"median_ratio_delete_to_atom": 1.5, "wilcoxon_p": 0.01, "more": "is left out"}
+    ((name, cells),) = tables.replacement_rows([row]).items()
+    assert name == "at the next token: strongest atom, write's norm"
+    shown = {column: tables.cell_text(column, value) for column, value in cells.items()}
+    assert shown["closer than deletion"] == "50.0% [30.0%, 70.0%]"
+    assert shown["over atoms"] == "20.0% to 80.0%"
+    assert shown["atom < deletion < random"] == "45.0%"
+    assert (shown["median deletion ÷ atom"], shown["Wilcoxon p"]) == ("1.50", "0.0100")
 
 
 @pytest.mark.parametrize(
