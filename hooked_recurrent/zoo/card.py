@@ -30,7 +30,7 @@ def read_json(folder: Path, name: str, hint: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
+def read_log(folder: Path) -> list[dict[str, int | float]]:
     """The lines of the training log; `ValueError` when there is none."""
     path = Path(folder) / LOG_NAME
     if not path.is_file():
@@ -38,14 +38,14 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def thin(lines: list[dict[str, float]], points: int = CURVE_POINTS) -> list[tuple[float, float]]:
+def thin(lines: list[dict[str, int | float]], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
     """(tokens, loss) averaged over groups of neighbouring log lines, at most `points` of them."""
     size = -(-len(lines) // points)
     groups = [lines[start : start + size] for start in range(0, len(lines), size)] if lines else []
     return [(group[-1]["tokens"], sum(line["loss"] for line in group) / len(group)) for group in groups]
 
 
-def draw_loss_curve(log: list[dict[str, float]], path: Path) -> None:
+def draw_loss_curve(log: list[dict[str, int | float]], path: Path) -> None:
     """Training and held-out loss in nats per token against tokens read, as a small SVG."""
     import matplotlib
 
@@ -123,7 +123,7 @@ same file on {better} of the {len(files)} files. xz starts from nothing; the mod
 library first."""
 
 
-def training_section(record: dict[str, Any], log: list[dict[str, float]]) -> str:
+def training_section(record: dict[str, Any], log: list[dict[str, int | float]]) -> str:
     """Data, recipe and machine of the run."""
     recipe, data, machine = record["recipe"], record["data"], record["machine"]
     last = next(line for line in reversed(log) if "loss" in line)
