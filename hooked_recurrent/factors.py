@@ -61,6 +61,13 @@ class Factors:
             if tensor is not None and tensor.shape[:3] != batch_pos_head:
                 came, expected = tuple(tensor.shape[:3]), tuple(batch_pos_head)
                 raise ValueError(f"{name} has [batch, pos, head] = {came}, but query has {expected}")
+        for name in ("write_key", "erase", "probe", *(["log_decay"] if self.vector_decay else [])):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape[-1] != self.d_k:
+                raise ValueError(f"{name} has width {tensor.shape[-1]}, but query has d_k = {self.d_k}")
+        if self.write_key.shape[:-1] != self.write_value.shape[:-1]:
+            key_terms, value_terms = tuple(self.write_key.shape[3:-1]), tuple(self.write_value.shape[3:-1])
+            raise ValueError(f"write_key and write_value need as many write terms, got {key_terms} and {value_terms}")
 
     @property
     def length(self) -> int:
@@ -108,16 +115,24 @@ class Factors:
         return self.map(lambda tensor: tensor[:, :, heads])
 
     def write_matrix(self) -> Float[Tensor, "batch pos head d_k d_v"]:
-        """The write as a matrix, sum over terms of k v^T. Materialises [d_k, d_v] for every position."""
-        if self.write_key.ndim == 4:
-            return self.write_key[..., :, None] * self.write_value[..., None, :]
-        return torch.einsum("...mk,...mv->...kv", self.write_key, self.write_value)
+        """The write as a matrix, sum over terms of k v^T, in the state's dtype. Materialises [d_k, d_v] for every position."""
+        dtype = state_dtype(self.write_key.dtype)
+        return outer(self.write_key.to(dtype), self.write_value.to(dtype), several=self.write_key.ndim == 5)
 
     def zero_state(self) -> State:
         """An empty memory for these factors, float32 or wider."""
         batch, _, heads, d_k = self.query.shape
         dtype = state_dtype(self.query.dtype)
         return torch.zeros(batch, heads, d_k, self.d_v, dtype=dtype, device=self.query.device)
+
+
+def outer(
+    key: Float[Tensor, "*place d_k"], value: Float[Tensor, "*place d_v"], *, several: bool
+) -> Float[Tensor, "*where d_k d_v"]:
+    """k v^T at every place, or its sum over the last axis of the places, the terms, when there are several."""
+    if several:
+        return torch.einsum("...mk,...mv->...kv", key, value)
+    return key[..., :, None] * value[..., None, :]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,22 +11,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_recurrent.factors import Factors, Read, State
+from hooked_recurrent.factors import Factors, Read, State, outer, state_dtype
 
 StateHook = Callable[[Float[Tensor, "batch one head d_k d_v"], int], Tensor]
 """Given S_t as [batch, 1, head, d_k, d_v] and the index of its position, returns the state to go on with."""
 
 
 def step(state: State, factors: Factors, index: int, write: Tensor | None = None) -> State:
-    """One transition. `factors` must be decoupled; `write` [batch, head, d_k, d_v] overrides k v^T where given."""
-    decay = factors.log_decay[:, index].to(state.dtype).exp()
+    """One transition. `factors` must be decoupled and of the state's dtype; `write` [batch, head, d_k, d_v] overrides k v^T."""
+    decay = factors.log_decay[:, index].exp()
     decay = decay[..., None] if factors.vector_decay else decay[..., None, None]
     after = decay * state
     if factors.erase is not None and factors.probe is not None:
-        asked = torch.einsum("bhk,bhkv->bhv", factors.probe[:, index].to(state.dtype), state)
-        after = after + factors.erase[:, index].to(state.dtype)[..., None] * asked[..., None, :]
+        asked = torch.einsum("bhk,bhkv->bhv", factors.probe[:, index], state)
+        after = after + factors.erase[:, index][..., None] * asked[..., None, :]
     if write is None:
-        write = factors.map(lambda tensor: tensor[:, index : index + 1].to(state.dtype)).write_matrix()[:, 0]
+        write = outer(factors.write_key[:, index], factors.write_value[:, index], several=factors.write_key.ndim == 5)
     return after + write.to(state.dtype)
 
 
@@ -48,12 +48,13 @@ def step_scan(
     Returns:
         read [batch, pos, head, d_v] and the final state, both in the state's dtype.
     """
-    factors = factors.decoupled()
-    state = factors.zero_state() if initial_state is None else initial_state
+    dtype = state_dtype(factors.query.dtype)
+    state = factors.zero_state() if initial_state is None else initial_state.to(dtype)
+    factors = factors.map(lambda tensor: tensor.to(dtype)).decoupled()
     reads = []
     for index in range(factors.length):
         state = step(state, factors, index, None if writes is None else writes[:, index])
         if on_state is not None:
             state = on_state(state[:, None], index)[:, 0]
-        reads.append(torch.einsum("bhkv,bhk->bhv", state, factors.query[:, index].to(state.dtype)))
+        reads.append(torch.einsum("bhkv,bhk->bhv", state, factors.query[:, index]))
     return torch.stack(reads, dim=1), state
