@@ -14,6 +14,7 @@ import typer
 from safetensors import safe_open
 
 from hooked_recurrent.zoo import checkpoint
+from hooked_recurrent.zoo.command import run_command
 from hooked_recurrent.zoo.corpus import HELDOUT_ONE_IN
 from hooked_recurrent.zoo.train import LOG_NAME, RECORD_NAME
 
@@ -30,7 +31,7 @@ def read_json(folder: Path, name: str, hint: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_log(folder: Path) -> list[dict[str, int | float]]:
+def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of the training log; `ValueError` when there is none."""
     path = Path(folder) / LOG_NAME
     if not path.is_file():
@@ -38,14 +39,14 @@ def read_log(folder: Path) -> list[dict[str, int | float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def thin(lines: list[dict[str, int | float]], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
+def thin(lines: list[dict[str, Any]], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
     """(tokens, loss) averaged over groups of neighbouring log lines, at most `points` of them."""
     size = -(-len(lines) // points)
     groups = [lines[start : start + size] for start in range(0, len(lines), size)] if lines else []
     return [(group[-1]["tokens"], sum(line["loss"] for line in group) / len(group)) for group in groups]
 
 
-def draw_loss_curve(log: list[dict[str, int | float]], path: Path) -> None:
+def draw_loss_curve(log: list[dict[str, Any]], path: Path) -> None:
     """Training and held-out loss in nats per token against tokens read, as a small SVG."""
     import matplotlib
 
@@ -123,7 +124,7 @@ same file on {better} of the {len(files)} files. xz starts from nothing; the mod
 library first."""
 
 
-def training_section(record: dict[str, Any], log: list[dict[str, int | float]]) -> str:
+def training_section(record: dict[str, Any], log: list[dict[str, Any]]) -> str:
     """Data, recipe and machine of the run."""
     recipe, data, machine = record["recipe"], record["data"], record["machine"]
     last = next(line for line in reversed(log) if "loss" in line)
@@ -224,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import checkpoint, corpus
+from hooked_recurrent.zoo.command import run_command
 from hooked_recurrent.zoo.tokenizer import END_OF_TEXT, encode_documents
 
 # A head whose decay rounds to "none at all" would have an infinite half-life, which JSON cannot hold.
@@ -234,4 +235,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from hooked_recurrent.config import GatedDeltaNetConfig, ModelConfig
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import checkpoint, corpus
+from hooked_recurrent.zoo.command import run_command
 from hooked_recurrent.zoo.muon import Muon
 from hooked_recurrent.zoo.tokenizer import encode_documents, load_tokenizer, train_tokenizer
 
@@ -211,7 +212,9 @@ class Trainer:
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """Mean loss in nats per token over the fixed held-out sample."""
+        """Mean loss in nats per token over the fixed held-out sample; `ValueError` for a run that was given none."""
+        if self.heldout is None:
+            raise ValueError("this run was given no held-out tokens")
         self.model.eval()
         batches = self.heldout.split(self.recipe.batch)
         total = sum(self.model(tokens, return_type="loss").item() * len(tokens) for tokens in batches)
@@ -343,9 +346,9 @@ def main(
 ) -> None:
     """Train a small recurrent language model on the source files of the Python standard library."""
     chosen = {"steps": steps, "batch": batch, "seq_len": seq_len, "seed": seed, "muon_lr": muon_lr, "adam_lr": adam_lr}
-    given = {field: value for field, value in chosen.items() if value is not None}
+    given: dict[str, Any] = {field: value for field, value in chosen.items() if value is not None}
     train(recipe, replace(find_recipe(recipe), **given), out, resume, stop_after)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

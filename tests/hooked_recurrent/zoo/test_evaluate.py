@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from hooked_recurrent.model import HookedRecurrentModel
@@ -85,8 +86,6 @@ def test_xz_size_is_that_of_the_command():
 def test_command_reads_a_folder_and_writes_json(small_model, tmp_path, monkeypatch):
     small_model.save_pretrained(tmp_path / "small-folder")
     monkeypatch.setattr(corpus, "standard_library", lambda split: FILES if split == "heldout" else [])
-    import typer
-
     app = typer.Typer()
     app.command()(evaluate.main)
     target = tmp_path / "evaluation.json"
