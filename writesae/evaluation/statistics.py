@@ -152,7 +152,7 @@ def cluster_bootstrap(
         ValueError: fewer than two clusters (their variation cannot be seen), or bad values as the module says.
     """
     column = _column("values", values)
-    labels = np.asarray(clusters)
+    labels: np.ndarray = np.asarray(clusters)
     if labels.shape != column.shape:
         raise ValueError(f"values has {len(column)} entries but clusters has shape {labels.shape}; give one label each")
     if pd.isna(labels).any():

@@ -8,6 +8,7 @@ import base64
 from collections.abc import Mapping
 from html import escape
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,7 +53,14 @@ def kl_scatter(kl_atom: np.ndarray, kl_delete: np.ndarray, floor: np.ndarray | N
             if edge > low:
                 axes.axvspan(low, edge, color=GRID, zorder=1)
                 axes.axhspan(low, edge, color=GRID, zorder=1)
-        style = {"linestyle": "none", "marker": "o", "markersize": 2.6, "markeredgewidth": 0, "alpha": 0.5, "zorder": 3}
+        style: dict[str, Any] = {
+            "linestyle": "none",
+            "marker": "o",
+            "markersize": 2.6,
+            "markeredgewidth": 0,
+            "alpha": 0.5,
+            "zorder": 3,
+        }
         axes.plot(across[~wins], up[~wins], color=DELETE, label="deletion closer", **style)
         axes.plot(across[wins], up[wins], color=ATOM, label="atom closer", **style)
         axes.set_xlabel("KL after deleting the write (nats)")
@@ -60,7 +68,7 @@ def kl_scatter(kl_atom: np.ndarray, kl_delete: np.ndarray, floor: np.ndarray | N
         _decades(axes, low, high)
         handles, labels = axes.get_legend_handles_labels()
         legend = axes.legend(handles[::-1], labels[::-1], loc="upper left", markerscale=2, handletextpad=0.1)
-        for handle in legend.legend_handles:
+        for handle in filter(None, legend.legend_handles):
             handle.set_alpha(1)
 
     return draw("Scatter of KL with the atom against KL with the write deleted", "scatter", paint)
@@ -243,7 +251,7 @@ def half_life_strip(half_lives: pd.DataFrame, cell: tuple[int, int] | None = Non
         axes.set(yscale="log", ylim=(low, high), xlim=(-0.6, len(layers) - 0.4), xlabel="layer")
         axes.set_ylabel("half-life of a write (tokens)")
         powers = np.arange(np.log2(low), np.log2(high) + 0.5)
-        axes.yaxis.set_major_locator(FixedLocator(2.0 ** powers[:: max(1, len(powers) // 7)]))
+        axes.yaxis.set_major_locator(FixedLocator(list(2.0 ** powers[:: max(1, len(powers) // 7)])))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])

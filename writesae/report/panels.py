@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -48,10 +49,9 @@ def short(condition: str) -> str:
 def result_panels(firings: pd.DataFrame, reading: str, condition: str, control: str | None) -> list[Panel]:
     """The four figures of a replacement test, all in one reading."""
     rows = tables.compared(firings, reading, condition, "delete")
-    floor = rows["kl_native"].dropna().to_numpy() if "kl_native" in rows else ()
-    scatter = figures.kl_scatter(
-        rows[f"kl_{condition}"].to_numpy(), rows["kl_delete"].to_numpy(), floor if len(floor) else None
-    )
+    native = rows["kl_native"].dropna().to_numpy() if "kl_native" in rows else np.empty(0)
+    floor = native if len(native) else None
+    scatter = figures.kl_scatter(rows[f"kl_{condition}"].to_numpy(), rows["kl_delete"].to_numpy(), floor)
     thinned = len(figures.thinned(len(rows))) < len(rows)
     more = f" An even share of {figures.MOST_POINTS:,} firings is drawn." if thinned else ""
     panels = [_panel("Closer with the atom, or without the write?", scatter, SCATTER + more)]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from html import escape
 from io import StringIO
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ ROLES = {
 }
 """What each colour role becomes in the page."""
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "writesae",
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign

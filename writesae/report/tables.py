@@ -9,8 +9,7 @@ some reading is NaN there, and every number printed says how many firings it res
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import get_close_matches
-from numbers import Real
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -168,11 +167,12 @@ def replacement_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
     table = {}
     for row in rows:
         substitute = words(f"atom_{row['pool']}_{row['scale']}", SHORT_CONDITIONS)
+        low, high = row["wilson"]
         table[f"{words(row['reading'], READINGS)}: {substitute}"] = {
             "firings": row["n"],
-            "closer than deletion": Interval(row["win_rate"], *row["wilson"], method="Wilson score"),
-            "over atoms": " to ".join(percent(bound) for bound in row["by_atom"]),
-            "over passages": " to ".join(percent(bound) for bound in row["by_passage"]),
+            "closer than deletion": Interval(row["win_rate"], low, high, "Wilson score"),
+            "over atoms": bounds(row["by_atom"], is_share=True),
+            "over passages": bounds(row["by_passage"], is_share=True),
             "closer than random": percent(row["win_rate_vs_random"]),
             "atom < deletion < random": percent(row["strict_chain"]),
             "median deletion ÷ atom": row["median_ratio_delete_to_atom"],
@@ -187,7 +187,7 @@ def kls_by_condition(firings: pd.DataFrame, reading: str) -> dict[str, np.ndarra
     return {name: column for name, column in columns.items() if len(column)}
 
 
-def number(value: Real, digits: int = 3) -> str:
+def number(value: SupportsFloat, digits: int = 3) -> str:
     """A number for reading: 0.0312, 1,240, 3.1×10⁻⁵."""
     value = float(value)
     if not np.isfinite(value):
@@ -202,9 +202,14 @@ def number(value: Real, digits: int = 3) -> str:
     return f"{mantissa.replace('-', '−')}×10{str(int(exponent)).translate(_SUPERSCRIPT)}"
 
 
-def percent(value: Real) -> str:
+def percent(value: SupportsFloat) -> str:
     """A share as a percentage with one decimal."""
     return f"{100 * float(value):.1f}%"
+
+
+def bounds(pair: Sequence[SupportsFloat], is_share: bool) -> str:
+    """Two bounds in brackets; of a share in per cent, whose sign stands at the estimate."""
+    return f"[{', '.join(percent(bound).removesuffix('%') if is_share else number(bound) for bound in pair)}]"
 
 
 def cell_text(column: str, value: Any) -> str:
@@ -214,7 +219,7 @@ def cell_text(column: str, value: Any) -> str:
         value = asdict(value)
     if isinstance(value, Mapping) and {"estimate", "low", "high"} <= set(value):
         show = percent if is_share else number
-        return f"{show(value['estimate'])} [{show(value['low'])}, {show(value['high'])}]"
+        return f"{show(value['estimate'])} {bounds((value['low'], value['high']), is_share)}"
     if isinstance(value, Mapping) and {"median", "mad", "error"} <= set(value):
         return f"{number(value['median'])} ± {number(value['error'], 2)}"
     if isinstance(value, bool | np.bool_):

@@ -4,7 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from writesae.evaluation.replacement import READINGS
+from writesae.evaluation.replacement_result import ReplacementResult
 from writesae.evaluation.statistics import Interval, median_mad, wilson_interval
+from writesae.evaluation.substitutes import CONDITIONS
 from writesae.report import tables
 
 ATOM = "atom_listed_coef"
@@ -75,10 +78,22 @@ def test_rows_of_a_replacement_result_are_named_in_words():
     ((name, cells),) = tables.replacement_rows([row]).items()
     assert name == "at the next token: strongest atom, write's norm"
     shown = {column: tables.cell_text(column, value) for column, value in cells.items()}
-    assert shown["closer than deletion"] == "50.0% [30.0%, 70.0%]"
-    assert shown["over atoms"] == "20.0% to 80.0%"
+    assert shown["closer than deletion"] == "50.0% [30.0, 70.0]"
+    assert shown["over atoms"] == "[20.0, 80.0]"
     assert shown["atom < deletion < random"] == "45.0%"
     assert (shown["median deletion ÷ atom"], shown["Wilcoxon p"]) == ("1.50", "0.0100")
+
+
+def test_a_real_result_is_taken_as_it_is():
+    """Ties the names of conditions and of summary columns to the module that measures them."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({f"kl_{name}": rng.random(12) for name in CONDITIONS})
+    frame = frame.assign(reading="in_recurrence", atom=np.arange(12) % 3, passage=np.arange(12) % 4)
+    assert set(tables.CONDITIONS) == set(tables.SHORT_CONDITIONS) == set(CONDITIONS)
+    assert set(tables.READINGS) == set(READINGS)
+    rows = tables.replacement_rows(ReplacementResult(frame, layer=0, head=0, config={}).summary(n_resamples=20))
+    assert list(rows)[0] == "at the firing token: listed atom"
+    assert len(rows) == 4
 
 
 @pytest.mark.parametrize(
@@ -104,8 +119,8 @@ def test_numbers_read_well(value, shown):
     ("column", "value", "shown"),
     [
         ("win_rate", 0.8421, "84.2%"),
-        ("win_rate", Interval(0.5, 0.25, 0.75, "by hand"), "50.0% [25.0%, 75.0%]"),
-        ("win_rate", {"estimate": 0.5, "low": 0.25, "high": 0.75}, "50.0% [25.0%, 75.0%]"),
+        ("win_rate", Interval(0.5, 0.25, 0.75, "by hand"), "50.0% [25.0, 75.0]"),
+        ("win_rate", {"estimate": 0.5, "low": 0.25, "high": 0.75}, "50.0% [25.0, 75.0]"),
         ("median_kl", median_mad([1.0, 2.0, 3.0, 4.0]), "2.50 ± 0.50"),
         ("firings", 4851, "4,851"),
         ("firings", np.int64(12), "12"),
