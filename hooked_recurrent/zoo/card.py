@@ -53,14 +53,14 @@ def draw_loss_curve(log: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained = thin([line for line in log if "loss" in line])
-    heldout = [(line["tokens"], line["heldout_loss"]) for line in log if "heldout_loss" in line]
+    trained = [(tokens / 1e6, loss) for tokens, loss in thin([line for line in log if "loss" in line])]
+    heldout = [(line["tokens"] / 1e6, line["heldout_loss"]) for line in log if "heldout_loss" in line]
     with matplotlib.rc_context({"svg.hashsalt": "loss curve", "font.size": 9, "svg.fonttype": "none"}):
         figure, axes = pyplot.subplots(figsize=(5.6, 3.0), layout="constrained")
         axes.plot(*zip(*trained, strict=True), color="#8899aa", linewidth=1, label="training windows")
         if heldout:
             axes.plot(*zip(*heldout, strict=True), "o-", color="#c0392b", markersize=3, label="held-out sample")
-        axes.set(xlabel="tokens read", ylabel="nats per token", ylim=(0, min(max(loss for _, loss in trained), 6)))
+        axes.set(xlabel="million tokens read", ylabel="nats per token", ylim=(0, min(max(loss for _, loss in trained), 6)))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         temporary = path.with_name(path.name + ".tmp")
