@@ -60,7 +60,9 @@ def draw_loss_curve(log: list[dict[str, Any]], path: Path) -> None:
         axes.plot(*zip(*trained, strict=True), color="#8899aa", linewidth=1, label="training windows")
         if heldout:
             axes.plot(*zip(*heldout, strict=True), "o-", color="#c0392b", markersize=3, label="held-out sample")
-        axes.set(xlabel="million tokens read", ylabel="nats per token", ylim=(0, min(max(loss for _, loss in trained), 6)))
+        axes.set(
+            xlabel="million tokens read", ylabel="nats per token", ylim=(0, min(max(loss for _, loss in trained), 6))
+        )
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         temporary = path.with_name(path.name + ".tmp")
