@@ -1,0 +1,7 @@
+"""The experiments under one name: `from writesae import evaluate; evaluate.replacement(model, sae, tokens, ...)`."""
+
+from writesae.evaluation.firings import encode_cell, sample_firings
+from writesae.evaluation.replacement import ReplacementConfig, replacement
+from writesae.evaluation.replacement_result import ReplacementResult
+
+__all__ = ["ReplacementConfig", "ReplacementResult", "encode_cell", "replacement", "sample_firings"]

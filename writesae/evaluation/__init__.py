@@ -1,0 +1,1 @@
+"""The experiments: pure functions from (model, sae, tokens) to results."""

@@ -1,0 +1,127 @@
+"""The outcome of a replacement test: a table with a row per firing and reading, and its summary."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from writesae.evaluation.statistics import cluster_bootstrap, median_mad, paired_wilcoxon, wilson_interval
+from writesae.evaluation.substitutes import DELETE, NATIVE, POOLS, SCALES
+
+# Which random control stands beside which atom in the strict chain atom < delete < random.
+CONTROL_OF = {
+    ("listed", "coef"): "random_listed_coef",
+    ("dominant", "coef"): "random_dominant_coef",
+    ("listed", "norm"): "random_silent_norm",
+    ("dominant", "norm"): "random_silent_norm",
+}
+
+
+@dataclass(frozen=True)
+class ReplacementResult:
+    """Every measurement of one cell, with what is needed to run it again."""
+
+    table: pd.DataFrame
+    """A row per firing and reading; `kl_{condition}`, `kl_reverse_`, `flip_`, `logprob_`, `rank_` in columns."""
+    layer: int
+    """The cell's layer."""
+    head: int
+    """The cell's head."""
+    config: dict[str, Any]
+    """The ReplacementConfig as plain values."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Where model, SAE and text came from."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A copy of the table."""
+        return self.table.copy()
+
+    def reading(self, reading: str) -> pd.DataFrame:
+        """The rows of one reading, a row per firing."""
+        rows = self.table[self.table["reading"] == reading]
+        if rows.empty:
+            raise KeyError(f"no reading {reading!r}; this result has {', '.join(self.table['reading'].unique())}")
+        return rows
+
+    def summary(self, n_resamples: int = 5000) -> list[dict[str, Any]]:
+        """A row per reading, pool and scale: medians in nats, win rates with their intervals, the floor."""
+        return [
+            self._summarise(str(reading), pool, scale, n_resamples)
+            for reading in self.table["reading"].unique()
+            for pool in POOLS
+            for scale in SCALES
+        ]
+
+    def win_rate(self, reading: str = "in_recurrence", pool: str = "listed", scale: str = "coef") -> float:
+        """Share of firings whose atom has a lower KL than deletion; a tie loses."""
+        rows = self.reading(reading)
+        return float((rows[f"kl_atom_{pool}_{scale}"] < rows[f"kl_{DELETE}"]).mean())
+
+    def by_atom(self, reading: str = "in_recurrence", pool: str = "listed", scale: str = "coef") -> pd.DataFrame:
+        """Firings, wins and median coefficient of every listed atom."""
+        rows = self.reading(reading)
+        won = rows[f"kl_atom_{pool}_{scale}"] < rows[f"kl_{DELETE}"]
+        grouped = rows.assign(win=won).groupby("atom")
+        return grouped.agg(
+            firings=("win", "size"),
+            wins=("win", "sum"),
+            win_rate=("win", "mean"),
+            median_coefficient=("coefficient", "median"),
+            median_cosine=("cosine", "median"),
+        ).reset_index()
+
+    def floor(self, reading: str = "in_recurrence") -> tuple[float, float]:
+        """Median and largest |KL| of substituting the native write for itself, in nats."""
+        values = self.reading(reading)[f"kl_{NATIVE}"].abs()
+        return float(values.median()), float(values.max())
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write everything, atomically."""
+        path = Path(path)
+        content = {
+            "layer": self.layer,
+            "head": self.head,
+            "config": self.config,
+            "about": self.about,
+            "summary": self.summary(),
+            "records": json.loads(self.table.to_json(orient="records", double_precision=15)),
+        }
+        temporary = path.with_suffix(path.suffix + ".part")
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, path)
+        return path
+
+    def _summarise(self, reading: str, pool: str, scale: str, n_resamples: int) -> dict[str, Any]:
+        rows = self.reading(reading)
+        atom, delete = rows[f"kl_atom_{pool}_{scale}"].to_numpy(), rows[f"kl_{DELETE}"].to_numpy()
+        random = rows[f"kl_{CONTROL_OF[pool, scale]}"].to_numpy()
+        won = (atom < delete).astype(float)
+        wilson = wilson_interval(int(won.sum()), len(won))
+        by_atom = cluster_bootstrap(won, rows["atom"].to_numpy(), n_resamples=n_resamples)
+        by_passage = cluster_bootstrap(won, rows["passage"].to_numpy(), n_resamples=n_resamples)
+        spreads = {name: median_mad(values) for name, values in (("atom", atom), ("delete", delete), ("random", random))}
+        floor_median, floor_max = self.floor(reading)
+        return {
+            "reading": reading,
+            "pool": pool,
+            "scale": scale,
+            "n": len(won),
+            "n_atoms": int(rows["atom"].nunique()),
+            "n_passages": int(rows["passage"].nunique()),
+            "win_rate": wilson.estimate,
+            "wilson": [wilson.low, wilson.high],
+            "by_atom": [by_atom.low, by_atom.high],
+            "by_passage": [by_passage.low, by_passage.high],
+            "win_rate_vs_random": float((atom < random).mean()),
+            "strict_chain": float(((atom < delete) & (delete < random)).mean()),
+            **{f"median_kl_{name}": spread.median for name, spread in spreads.items()},
+            **{f"error_kl_{name}": spread.error for name, spread in spreads.items()},
+            "median_ratio_delete_to_atom": float(np.median(delete / np.maximum(atom, floor_max or 1e-300))),
+            "wilcoxon_p": paired_wilcoxon(atom, delete).p_value if len(won) > 1 else float("nan"),
+            "floor_median": floor_median,
+            "floor_max": floor_max,
+        }
