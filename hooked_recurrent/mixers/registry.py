@@ -1,7 +1,9 @@
 """Rule name -> mixer class. A new rule adds its line here and in config.MIXER_CONFIGS."""
 
+from collections.abc import Callable
+
 from hooked_recurrent.config import GatedDeltaNetConfig
 from hooked_recurrent.mixers.base import RecurrentMixer
 from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNet
 
-MIXERS: dict[str, type[RecurrentMixer]] = {GatedDeltaNetConfig.rule: GatedDeltaNet}
+MIXERS: dict[str, Callable[..., RecurrentMixer]] = {GatedDeltaNetConfig.rule: GatedDeltaNet}

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from hooked_recurrent import HookedRecurrentModel
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_recurrent import HookedRecurrentModel
 from writesae.sae.codes import Codes
 from writesae.sae.write_sae import WriteSAE
 from writesae.stream.activations import collect_writes
@@ -56,12 +56,19 @@ def check_cell(model: HookedRecurrentModel, sae: WriteSAE, layer: int, head: int
         raise IndexError(f"head {head} is out of range: the layer has heads 0 to {cfg.n_heads - 1}")
     if (sae.config.d_k, sae.config.d_v) != (cfg.d_k, cfg.d_v):
         atoms, writes = (sae.config.d_k, sae.config.d_v), (cfg.d_k, cfg.d_v)
-        raise ValueError(f"the SAE's atoms are {atoms[0]} x {atoms[1]}, but the model's writes are {writes[0]} x {writes[1]}")
+        raise ValueError(
+            f"the SAE's atoms are {atoms[0]} x {atoms[1]}, but the model's writes are {writes[0]} x {writes[1]}"
+        )
 
 
 @torch.no_grad()
 def encode_cell(
-    model: HookedRecurrentModel, sae: WriteSAE, tokens: Int[Tensor, "passage pos"], layer: int, head: int, batch: int = 8
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    tokens: Int[Tensor, "passage pos"],
+    layer: int,
+    head: int,
+    batch: int = 8,
 ) -> CellWrites:
     """Run the passages and encode every write of the cell."""
     check_cell(model, sae, layer, head)
@@ -102,6 +109,4 @@ def sample_firings(
 def _firing(writes: CellWrites, passage: int, position: int, slot: int) -> Firing:
     indices, values = writes.codes.indices[passage, position], writes.codes.values[passage, position]
     top = int(values.argmax())
-    return Firing(
-        passage, position, int(indices[slot]), float(values[slot]), int(indices[top]), float(values[top])
-    )
+    return Firing(passage, position, int(indices[slot]), float(values[slot]), int(indices[top]), float(values[top]))

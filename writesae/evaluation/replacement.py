@@ -20,12 +20,12 @@ from typing import Any, get_args
 
 import pandas as pd
 import torch
-from hooked_recurrent import HookedRecurrentModel, RecurrentState, WriteEdit
-from hooked_recurrent.config import StrictConfig, require_positive
-from hooked_recurrent.edits import Form
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_recurrent import HookedRecurrentModel, RecurrentState, WriteEdit
+from hooked_recurrent.config import StrictConfig, require_positive
+from hooked_recurrent.edits import Form
 from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings
 from writesae.evaluation.replacement_result import ReplacementResult
 from writesae.evaluation.substitutes import CONDITIONS, NATIVE, LowRank, Substitutes
@@ -103,7 +103,7 @@ def replacement(
         raise ValueError("no listed atom fires on these passages")
     test = _Test(model, tokens, layer, head, config, writes, Substitutes(sae, writes, config.seed))
     rows: list[dict[str, Any]] = []
-    for index, (firing, measured) in enumerate(test.run(firings)):
+    for index, measured in enumerate(test.run(firings)):
         rows += [{"firing_id": index, **measured_row} for measured_row in measured]
         if on_progress is not None:
             on_progress(index + 1, len(firings))
@@ -120,7 +120,7 @@ class _Test:
     writes: CellWrites
     substitutes: Substitutes
 
-    def run(self, firings: list[Firing]) -> Iterator[tuple[Firing, list[dict[str, Any]]]]:
+    def run(self, firings: list[Firing]) -> Iterator[list[dict[str, Any]]]:
         """Firing by firing, passage by passage: one plain pass and one set of snapshots serve a whole passage."""
         for passage, group in groupby(firings, key=lambda firing: firing.passage):
             mine = list(group)
@@ -129,7 +129,7 @@ class _Test:
             moments = {firing.position + offset for firing in mine for offset in (0, 1)}
             snapshots = self.model.snapshots(text, moments)
             for firing in mine:
-                yield firing, self._measure(firing, text, plain, snapshots)
+                yield self._measure(firing, text, plain, snapshots)
 
     def _measure(
         self, firing: Firing, text: Tensor, plain: Tensor, snapshots: dict[int, RecurrentState]

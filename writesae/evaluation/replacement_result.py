@@ -103,7 +103,9 @@ class ReplacementResult:
         wilson = wilson_interval(int(won.sum()), len(won))
         by_atom = cluster_bootstrap(won, rows["atom"].to_numpy(), n_resamples=n_resamples)
         by_passage = cluster_bootstrap(won, rows["passage"].to_numpy(), n_resamples=n_resamples)
-        spreads = {name: median_mad(values) for name, values in (("atom", atom), ("delete", delete), ("random", random))}
+        spreads = {
+            name: median_mad(values) for name, values in (("atom", atom), ("delete", delete), ("random", random))
+        }
         floor_median, floor_max = self.floor(reading)
         return {
             "reading": reading,

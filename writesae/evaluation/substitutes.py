@@ -49,7 +49,9 @@ class LowRank:
 
     def inner(self, other: "LowRank") -> float:
         """Frobenius inner product."""
-        return float(((self.key.double() @ other.key.double().T) * (self.value.double() @ other.value.double().T)).sum())
+        return float(
+            ((self.key.double() @ other.key.double().T) * (self.value.double() @ other.value.double().T)).sum()
+        )
 
     def cosine(self, other: "LowRank") -> float:
         """Frobenius cosine; 0 where one of the two is zero."""
