@@ -4,6 +4,7 @@ The read-out of position t comes after its write, so an edit at t is seen by the
 exactly as if the model itself had written so.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -54,19 +55,31 @@ class WriteEdit:
             raise ValueError(f"unknown op {self.op!r}; expected one of {', '.join(get_args(Op))}")
         if self.form not in get_args(Form):
             raise ValueError(f"unknown form {self.form!r}; expected 'additive' or 'net'")
-        wants_factors = self.op in ("replace", "add")
+        _check_position(self.position, f"layer {self.layer}, head {self.head}")
         for name in ("key", "value"):
-            given = getattr(self, name)
-            if (given is not None) != wants_factors:
-                raise ValueError(f"op {self.op!r} {'needs' if wants_factors else 'takes no'} {name}")
-            if given is not None and not torch.isfinite(given).all():
-                raise ValueError(f"the {name} of the edit at {self.where} holds NaN or Inf")
+            self._check_side(name, wanted=self.op in ("replace", "add"))
         if (self.scale is not None) != (self.op == "scale"):
             raise ValueError(f"op {self.op!r} {'needs' if self.op == 'scale' else 'takes no'} scale")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ValueError(f"the scale of the edit at {self.where} is {self.scale}, expected a finite number")
         if self.form == "net" and self.op in ("add", "scale"):
             raise ValueError(f"op {self.op!r} has no net form: only delete and replace can take the erase away")
-        if self._lowest() < 0:
-            raise IndexError(f"positions are absolute and start at 0, got {self.position!r} at {self.where}")
+
+    def _check_side(self, name: str, wanted: bool) -> None:
+        """Whether key or value is there exactly when the op wants it, is finite, and fits the positions."""
+        given = getattr(self, name)
+        if (given is not None) != wanted:
+            raise ValueError(f"op {self.op!r} {'needs' if wanted else 'takes no'} {name}")
+        if given is None:
+            return
+        if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim not in (1, 2, 3):
+            came = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"the {name} of the edit at {self.where} is {came}, expected a float tensor [d] to [rows, pos, d]")
+        if not torch.isfinite(given).all():
+            raise ValueError(f"the {name} of the edit at {self.where} holds NaN or Inf")
+        count = _count(self.position)
+        if given.ndim > 1 and count is not None and given.shape[-2] not in (1, count):
+            raise ValueError(f"the {name} of the edit at {self.where} is for {given.shape[-2]} positions, not for {count}")
 
     @property
     def where(self) -> str:
@@ -96,14 +109,9 @@ class WriteEdit:
             inside &= positions < (positions[-1] + 1 if stop is None else stop)
             here = inside.nonzero()[:, 0]
             return here, (positions[here] - start) // stride
-        wanted = torch.as_tensor(self.position).reshape(-1)
+        wanted = torch.as_tensor(self.position).reshape(-1).to(positions.device)
         matches = (wanted[:, None] == positions[None]).nonzero()
         return matches[:, 1], matches[:, 0]
-
-    def _lowest(self) -> int:
-        if isinstance(self.position, slice):
-            return min(self.position.start or 0, self.position.stop or 0)
-        return int(torch.as_tensor(self.position).min())
 
     def _highest(self) -> int:
         if isinstance(self.position, slice):
@@ -158,19 +166,20 @@ def _sides(edit: WriteEdit, name: str, rows: Tensor, chosen: Tensor, factors: Fa
     if given is None:
         return like.new_zeros(1, 1, 1)
     given = given.to(like)
-    if given.ndim > 1 and given.shape[-2] > 1:
-        given = given[..., chosen, :]
     try:
+        if given.ndim > 1 and given.shape[-2] > 1:
+            given = given[..., chosen, :]
         return given.expand(len(rows), len(chosen), like.shape[-1])
-    except RuntimeError:
-        came, expected = tuple(getattr(edit, name).shape), (len(rows), "positions", like.shape[-1])
+    except (RuntimeError, IndexError):
+        came, expected = tuple(getattr(edit, name).shape), f"({len(rows)}, positions, {like.shape[-1]})"
         raise ValueError(f"the {name} of the edit at {edit.where} has shape {came}, which is not {expected}") from None
 
 
 def _rows(edit: WriteEdit, batch: int) -> Tensor:
     rows = torch.arange(batch) if edit.batch is None else torch.as_tensor(edit.batch).reshape(-1)
-    if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < batch):
-        raise IndexError(f"batch row {int(rows.max())} of the edit at {edit.where} is out of range: the batch has {batch}")
+    outside = rows[(rows < 0) | (rows >= batch)]
+    if len(outside):
+        raise IndexError(f"batch row {int(outside[0])} of the edit at {edit.where} is out of range: the batch has {batch}")
     return rows
 
 
@@ -187,6 +196,32 @@ def _put(tensor: Tensor, site: tuple, new: Tensor) -> Tensor:
     changed = tensor.clone()
     changed[site] = new
     return changed
+
+
+def _check_position(position: Position, site: str) -> None:
+    """Raise unless these are one or more positions of a text, counted from 0."""
+    if isinstance(position, slice):
+        if position.step is not None and position.step < 1:
+            raise ValueError(f"a slice of positions must go forward, got step {position.step} at {site}")
+        lowest = min(position.start or 0, position.stop or 0)
+    else:
+        wanted = torch.as_tensor(position)
+        if wanted.dtype in (torch.bool, torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(f"positions must be integers, got {wanted.dtype} at {site}")
+        lowest = int(wanted.min()) if wanted.numel() else 0
+    if lowest < 0:
+        raise IndexError(f"positions are absolute and start at 0, got {_words(position)} at {site}")
+    if _count(position) == 0:
+        raise ValueError(f"the edit at {site} names no position: {_words(position)}")
+
+
+def _count(position: Position) -> int | None:
+    """How many positions these are; None for a slice without an end."""
+    if isinstance(position, slice):
+        if position.stop is None:
+            return None
+        return len(range(position.start or 0, position.stop, position.step or 1))
+    return torch.as_tensor(position).numel()
 
 
 def _words(position: Position) -> str:

@@ -1,4 +1,4 @@
-"""Tiny random models and random inputs that the tests share; everything is drawn from a seed, so every run is the same."""
+"""Tiny random models and random inputs that the tests share; all of it is drawn from seeds."""
 
 import torch
 
@@ -23,7 +23,7 @@ def tiny_config(layer_types=ALL_LINEAR, *, n_heads=4, n_key_heads=2, d_k=3, d_v=
 
 
 def tiny_model(layer_types=ALL_LINEAR, *, seed=0, dtype=torch.float64, tokenizer=None, **sizes):
-    """A model with long-lived states whose layers all matter: embeddings and projections are scaled up from their start."""
+    """A model whose states live long and whose layers all matter: its projections are scaled up from their start."""
     torch.manual_seed(seed)
     model = HookedRecurrentModel(tiny_config(layer_types, **sizes), tokenizer)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def random_factors(
     dtype=torch.float64,
     seed=0,
 ):
-    """Random factors. `erase` is "none", "tied" (a delta rule's own) or "decoupled"; `strong` decays reach e^-20 a step."""
+    """Random factors; `erase` is "none", "tied" (a delta rule's own) or "decoupled", `strong` decays reach e^-20 a step."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

@@ -56,7 +56,7 @@ def test_gradients_under_strong_decay_equal_those_of_the_step_reference(form):
 
 
 def test_gradients_of_a_very_strong_vector_decay_leave_the_factored_path():
-    """A half-chunk that decays by more than e^60 takes the path that never writes exp(+c); its gradients must be right too."""
+    """A half-chunk that decays by more than e^60 takes the path that never writes exp(+c)."""
     factors = random_factors(32, vector_decay=True, erase="decoupled")
     factors = replace(factors, log_decay=factors.log_decay.clone().sub(15.0))
     gradients = []

@@ -1,0 +1,265 @@
+"""The law of the abstraction: one call, any split into calls, and token by token give the same, edited in any way.
+
+Hook functions and edits are random functions of absolute positions. Logits, every cached activation and the final state
+are compared in float64.
+"""
+
+from functools import lru_cache, partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hooked_recurrent import WriteEdit
+from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, tiny_model, tokens_of
+
+LENGTH, BATCH = 11, 2
+TOLERANCE = 1e-9
+FACTOR_HOOKS = (
+    "hook_q hook_k hook_v hook_beta hook_log_decay hook_erase hook_probe hook_write_key hook_write_value hook_query "
+    "hook_write hook_state hook_read hook_z"
+).split()
+ATTENTION_HOOKS = "hook_q hook_k hook_v hook_gate hook_rot_q hook_rot_k hook_attn_scores hook_pattern hook_z".split()
+RESIDUAL_HOOKS = "hook_resid_pre hook_mixer_out hook_resid_mid hook_mlp_out hook_resid_post".split()
+OTHER_HOOKS = "ln1.hook_scale ln1.hook_normalized ln2.hook_normalized mlp.hook_pre mlp.hook_post".split()
+
+
+@lru_cache
+def model_of(layer_types, seed):
+    return tiny_model(layer_types, seed=seed).requires_grad_(False)
+
+
+def hook_names(model):
+    """Every hook that the property edits, by full name."""
+    names = ["hook_embed", "ln_final.hook_normalized"]
+    for layer in range(model.cfg.n_layers):
+        recurrent = layer in model.cfg.recurrent_layers
+        inside = [f"mixer.{hook}" for hook in FACTOR_HOOKS] if recurrent else [f"attn.{hook}" for hook in ATTENTION_HOOKS]
+        names += [f"blocks.{layer}.{hook}" for hook in [*RESIDUAL_HOOKS, *OTHER_HOOKS, *inside]]
+    return names
+
+
+def by_position(tensor, hook, *, seed, in_place=False):
+    """Scale and shift some absolute positions by amounts that only the position, the channel and the seed decide."""
+    positions = hook.positions.to(tensor.dtype)
+    axis = 2 if hook.name.endswith(("hook_attn_scores", "hook_pattern")) else 1
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    chosen = ((hook.positions * 7 + seed) % 3 == 0).reshape(shape)
+    scale = torch.where(chosen, 1 + 0.3 * torch.sin(1.7 * positions + seed).reshape(shape), 1.0)
+    shift = torch.where(chosen, 0.1 * torch.cos(0.9 * positions + seed).reshape(shape), 0.0)
+    if hook.name.endswith(("hook_log_decay", "hook_beta", "hook_scale", "hook_attn_scores", "hook_pattern")):
+        shift = torch.zeros_like(shift)  # these have a sign, or -inf, to keep
+    else:
+        shift = shift * torch.arange(1, tensor.shape[-1] + 1).to(tensor.dtype).sin()
+    if in_place:
+        tensor.mul_(scale).add_(shift)
+        return None
+    return tensor * scale + shift
+
+
+@st.composite
+def write_edits(draw, layers, n_heads=4, d_k=3, d_v=5):
+    """A random WriteEdit of a model with these sizes over LENGTH positions and BATCH rows."""
+    op = draw(st.sampled_from(["replace", "add", "delete", "scale"]))
+    form = draw(st.sampled_from(["additive", "net"])) if op in ("replace", "delete") else "additive"
+    where = draw(st.sampled_from(["int", "slice", "stride", "open", "tensor"]))
+    first, last = sorted((draw(st.integers(0, LENGTH - 1)), draw(st.integers(0, LENGTH - 1))))
+    position = {
+        "int": first,
+        "slice": slice(first, last + 1),
+        "stride": slice(first, last + 1, 2),
+        "open": slice(first, None),
+        "tensor": torch.tensor(draw(st.lists(st.integers(0, LENGTH - 1), min_size=1, max_size=4, unique=True))),
+    }[where]
+    count = 1 if where == "int" else len(torch.arange(LENGTH)[position])
+    rows = draw(st.sampled_from([None, 0, 1, torch.tensor([1, 0])]))
+    n_rows = 1 if isinstance(rows, int) else BATCH
+    sides = {}
+    if op in ("replace", "add"):
+        lead = draw(st.sampled_from([(), (count,), (1, count), (n_rows, 1), (n_rows, count)]))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+        for name, width in (("key", d_k), ("value", d_v)):
+            sides[name] = torch.randn(*lead, width, generator=generator, dtype=torch.float64)
+    return WriteEdit(
+        draw(st.sampled_from(layers)),
+        draw(st.integers(0, n_heads - 1)),
+        position,
+        op,
+        scale=draw(st.sampled_from([0.0, -0.5, 2.0])) if op == "scale" else None,
+        batch=rows,
+        form=form,
+        **sides,
+    )
+
+
+def run_in_pieces(model, tokens, sizes, *, fwd_hooks, edits, names_filter=None, state=None):
+    """Feed the tokens in pieces of these sizes; logits and caches joined over positions, the final state, the pieces."""
+    logits, caches, spans, start = [], [], [], 0
+    for size in sizes:
+        with model.hooks(fwd_hooks=fwd_hooks):
+            (out, state), cache = model.run_with_cache(
+                tokens[:, start : start + size],
+                names_filter=names_filter,
+                state=state,
+                return_state=True,
+                edits=edits,
+            )
+        logits.append(out)
+        caches.append(cache)
+        spans.append((start, start + size))
+        start += size
+    return torch.cat(logits, dim=1), caches, state, spans
+
+
+def assert_same_run(whole, pieces):
+    """Logits, every cached activation and every tensor of the final state."""
+    (logits, (cache,), state, _), (other_logits, caches, other_state, spans) = whole, pieces
+    assert distance(other_logits, logits) <= TOLERANCE
+    assert all(set(piece.keys()) == set(cache.keys()) for piece in caches)
+    for name in cache.keys():
+        if name.endswith(("hook_attn_scores", "hook_pattern")):
+            for piece, (start, stop) in zip(caches, spans, strict=True):
+                mine = cache[name][:, :, start:stop, :stop]
+                torch.testing.assert_close(piece[name], mine, rtol=TOLERANCE, atol=TOLERANCE)
+        else:
+            joined = torch.cat([piece[name] for piece in caches], dim=1)
+            assert distance(joined, cache[name]) <= TOLERANCE, name
+    assert other_state.position == state.position
+    for layer, other in zip(state.layers, other_state.layers, strict=True):
+        assert layer.tensors().keys() == other.tensors().keys()
+        for field, tensor in layer.tensors().items():
+            assert distance(other.tensors()[field], tensor) <= TOLERANCE, field
+
+
+@st.composite
+def scenarios(draw, layer_types, max_hooks=5):
+    """A model, hook functions, edits, a split and what to cache."""
+    model = model_of(layer_types, draw(st.integers(0, 3)))
+    names = hook_names(model)
+    chosen = draw(st.lists(st.sampled_from(names), max_size=max_hooks, unique=True))
+    in_place = draw(st.booleans())
+    hooks = [(name, partial(by_position, seed=seed, in_place=in_place)) for seed, name in enumerate(chosen)]
+    edits = draw(st.lists(write_edits(model.cfg.recurrent_layers), max_size=3))
+    cuts = sorted(draw(st.sets(st.integers(1, LENGTH - 1), max_size=4)))
+    sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, LENGTH], strict=True)]
+    everything = draw(st.booleans())
+    names_filter = None
+    if everything:  # the matrix hooks too, which makes every layer step; and the softmax patterns
+        names_filter = list(model.hook_dict)
+    return model, tokens_of(model, BATCH, LENGTH, draw(st.integers(0, 9))), hooks, edits, sizes, names_filter
+
+
+def check(scenario):
+    model, tokens, hooks, edits, sizes, names_filter = scenario
+    run = partial(run_in_pieces, model, tokens, fwd_hooks=hooks, edits=edits, names_filter=names_filter)
+    whole = run([LENGTH])
+    assert_same_run(whole, run(sizes))
+    assert_same_run(whole, run([1] * LENGTH))
+
+
+@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+def test_any_split_gives_the_same(layer_types, as_users_run):
+    @given(scenarios(layer_types))
+    def law(scenario):
+        check(scenario)
+
+    law()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+def test_any_split_gives_the_same_over_many_draws(layer_types, as_users_run):
+    @settings(max_examples=100)
+    @given(scenarios(layer_types, max_hooks=12))
+    def law(scenario):
+        check(scenario)
+
+    law()
+
+
+@pytest.mark.parametrize("hook", [*FACTOR_HOOKS, *RESIDUAL_HOOKS])
+def test_every_hook_alone(hook, as_users_run):
+    """Each hook in the lower layer by itself, so that no draw can leave one out; and the function must matter."""
+    model = model_of(HYBRID, 0)
+    name = f"blocks.0.{hook if hook in RESIDUAL_HOOKS else f'mixer.{hook}'}"
+    tokens = tokens_of(model, BATCH, LENGTH)
+    run = partial(run_in_pieces, model, tokens, fwd_hooks=[(name, partial(by_position, seed=1))], edits=())
+    whole = run([LENGTH])
+    assert distance(whole[0], model(tokens)) > 1e-6
+    assert_same_run(whole, run([4, 1, 6]))
+    assert_same_run(whole, run([1] * LENGTH))
+
+
+@pytest.mark.parametrize("hook", ATTENTION_HOOKS)
+def test_every_softmax_hook_alone(hook, as_users_run):
+    model = model_of(HYBRID, 0)
+    tokens = tokens_of(model, BATCH, LENGTH)
+    name = f"blocks.1.attn.{hook}"
+    run = partial(
+        run_in_pieces, model, tokens, fwd_hooks=[(name, partial(by_position, seed=1))], edits=(), names_filter=[name]
+    )
+    whole = run([LENGTH])
+    assert distance(whole[0], model(tokens)) > 1e-6
+    assert_same_run(whole, run([4, 1, 6]))
+    assert_same_run(whole, run([1] * LENGTH))
+
+
+@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+def test_in_place_edits_equal_returned_ones(layer_types, as_users_run):
+    """For every hook at once: a function that changes its tensor in place reaches what follows the hook, and only that."""
+    model = model_of(layer_types, 1)
+    tokens = tokens_of(model, BATCH, LENGTH)
+    for name in hook_names(model):
+        returned = run_in_pieces(model, tokens, [LENGTH], fwd_hooks=[(name, partial(by_position, seed=2))], edits=())
+        changed = run_in_pieces(
+            model, tokens, [LENGTH], fwd_hooks=[(name, partial(by_position, seed=2, in_place=True))], edits=()
+        )
+        assert torch.equal(returned[0], changed[0]), name
+        for key in returned[1][0].keys():
+            assert torch.equal(returned[1][0][key], changed[1][0][key]), (name, key)
+
+
+@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@pytest.mark.parametrize("backend", ["step", "chunked"])
+def test_long_texts_in_many_chunks(layer_types, backend, as_users_run):
+    model = model_of(layer_types, 2)
+    tokens = tokens_of(model, BATCH, 150)
+    whole = model(tokens)
+    assert distance(model(tokens, backend=backend), whole) <= TOLERANCE
+    state, logits = None, []
+    for piece in tokens.split([63, 1, 1, 64, 21], dim=1):
+        out, state = model(piece, state=state, return_state=True, backend=backend)
+        logits.append(out)
+    assert distance(torch.cat(logits, dim=1), whole) <= TOLERANCE
+
+
+def test_hooks_know_their_absolute_positions(as_users_run):
+    model = model_of(HYBRID, 0)
+    tokens = tokens_of(model, BATCH, LENGTH)
+    seen = {}
+
+    def note(tensor, hook):
+        seen.setdefault(hook.name, []).extend(hook.positions.tolist())
+
+    names = hook_names(model)
+    state = None
+    for piece in tokens.split([4, 1, 6], dim=1):
+        with model.hooks(fwd_hooks=[(name, note) for name in names]):
+            _, state = model(piece, state=state, return_state=True)
+    assert set(seen) == set(names)
+    assert all(positions == list(range(LENGTH)) for positions in seen.values())
+
+
+def test_the_law_can_fail(as_users_run):
+    """A function of the place within the call, not of the absolute position, is caught by the comparison above."""
+    model = model_of(ALL_LINEAR, 0)
+    tokens = tokens_of(model, BATCH, LENGTH)
+
+    def first_of_the_call(tensor, hook):
+        tensor[:, 0] *= 2
+
+    run = partial(run_in_pieces, model, tokens, fwd_hooks=[("blocks.0.mixer.hook_k", first_of_the_call)], edits=())
+    with pytest.raises(AssertionError):
+        assert_same_run(run([LENGTH]), run([5, 6]))
