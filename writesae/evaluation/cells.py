@@ -39,7 +39,7 @@ def survey(
         plain, cache = model.run_with_cache(row[None], names_filter=names)
         for layer in layers:
             log_decay, key, value = (cache[name][0] for name in names if name.startswith(f"blocks.{layer}."))
-            decays[layer].append(log_decay.flatten(2).mean(-1) if log_decay.ndim == 3 else log_decay)
+            decays[layer].append(log_decay.mean(-1) if log_decay.ndim == 3 else log_decay)
             norms[layer].append(key.norm(dim=-1) * value.norm(dim=-1))
         chosen = torch.randperm(len(row) - 1, generator=generator)[:positions] + 1
         snapshots = model.snapshots(row[None], chosen.tolist())

@@ -1,0 +1,67 @@
+"""The sample of firings, the survey of cells and the contexts, against brute force."""
+
+import math
+
+import pytest
+import torch
+
+from hooked_recurrent import WriteEdit
+from tests.hooked_recurrent.models import tiny_model, tokens_of
+from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
+from writesae.evaluation.cells import most_effective, survey
+from writesae.evaluation.contexts import atom_coefficients, top_contexts
+from writesae.evaluation.firings import encode_cell, sample_firings
+
+
+def test_sample_respects_its_bounds_and_finds_only_real_firings():
+    model, sae, tokens = cell()
+    writes = encode_cell(model, sae, tokens, LAYER, HEAD, batch=2)
+    dense = writes.codes.dense(12)
+    firings = sample_firings(writes, first=3, last=15, atoms=None, per_atom=2, total=9, seed=0)
+    assert 0 < len(firings) <= 9
+    counts = {}
+    for firing in firings:
+        assert 3 <= firing.position <= 15
+        assert dense[firing.passage, firing.position, firing.atom].item() == pytest.approx(firing.coefficient)
+        assert dense[firing.passage, firing.position].argmax() == firing.dominant
+        counts[firing.atom] = counts.get(firing.atom, 0) + 1
+    assert max(counts.values()) <= 2
+    assert firings == sample_firings(writes, first=3, last=15, atoms=None, per_atom=2, total=9, seed=0)
+    assert firings != sample_firings(writes, first=3, last=15, atoms=None, per_atom=2, total=9, seed=1)
+    only = sample_firings(writes, first=3, last=15, atoms=(firings[0].atom,), per_atom=5, total=9, seed=0)
+    assert {firing.atom for firing in only} == {firings[0].atom}
+
+
+def test_survey_equals_deleting_one_write_at_a_time():
+    model = tiny_model()
+    tokens = tokens_of(model, batch=1, length=9)
+    cells = survey(model, tokens, positions=8, seed=0)
+    assert len(cells) == 2 * 4
+    plain = model(tokens)[0].log_softmax(-1)
+    for row in cells.itertuples():
+        effects = []
+        for t in range(1, 9):
+            edited = model(tokens, edits=[WriteEdit(row.layer, row.head, t, "delete")])[0, t].log_softmax(-1)
+            effects.append((edited.exp() * (edited - plain[t])).sum().item())
+        assert row.deletion_kl == pytest.approx(torch.tensor(effects, dtype=torch.float64).median().item(), abs=1e-12)
+    _, cache = model.run_with_cache(tokens)
+    decay = cache["blocks.1.mixer.hook_log_decay"][0, :, 3].median().item()
+    row = cells[(cells["layer"] == 1) & (cells["head"] == 3)].iloc[0]
+    assert row["half_life"] == pytest.approx(math.log(0.5) / decay)
+    best = cells.sort_values("deletion_kl").iloc[-1]
+    assert most_effective(cells) == (best["layer"], best["head"])
+
+
+def test_contexts_show_the_strongest_firing_of_each_passage():
+    model, sae, tokens = cell()
+    model.to_str_tokens = lambda row: [f"<{int(token)}>" for token in row]
+    writes = encode_cell(model, sae, tokens, LAYER, HEAD)
+    atom = int(writes.codes.indices[0, 5, 0])
+    contexts = top_contexts(model, writes, tokens, atom, files=("a.py", "b.py", "c.py"), count=2, before=3, after=2)
+    strongest = atom_coefficients(writes, atom)
+    assert [c["coefficient"] for c in contexts] == sorted(strongest.amax(1).tolist(), reverse=True)[: len(contexts)]
+    for context in contexts:
+        passage = "abc".index(context["file"][0])
+        assert context["tokens"][context["firing_index"]] == f"<{int(tokens[passage, context['position']])}>"
+        assert context["weights"][context["firing_index"]] == pytest.approx(context["coefficient"])
+        assert len(context["tokens"]) == len(context["weights"]) <= 6
