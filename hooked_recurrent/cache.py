@@ -48,6 +48,15 @@ def saving_hooks(
     return forward, backward
 
 
+def join_pieces(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """One tensor per name. Gradients of a stepped hook_state arrive from the last token to the first."""
+    tensors = {}
+    for name, kept in pieces.items():
+        in_order = kept[::-1] if name.endswith("_grad") else kept
+        tensors[name] = kept[0] if len(kept) == 1 else torch.cat(in_order, dim=1)
+    return tensors
+
+
 class RecurrentCache(ActivationCache):
     """An ActivationCache of a recurrent model; see `write`, `state` and `factors`."""
 
@@ -56,13 +65,15 @@ class RecurrentCache(ActivationCache):
         self.initial_state = initial
         self.added_writes: dict[int, Factors] = call.added_writes
         self.dense_layers: frozenset[int] = frozenset(call.dense_layers)
+        self.stepped_layers: frozenset[int] = frozenset(call.stepped_layers)
 
     def factors(self, layer: int) -> Factors:
         """The six roles of a layer as the recurrence consumed them, with every write term. Needs its role hooks cached."""
         prefix = f"blocks.{layer}.mixer.hook_"
         erases = f"{prefix}erase" in self.model.hook_dict
         if f"{prefix}write_key" not in self.model.hook_dict:
-            raise ValueError(f"layer {layer} has no matrix memory; the recurrent ones are {self.model.cfg.recurrent_layers}")
+            recurrent = self.model.cfg.recurrent_layers
+            raise ValueError(f"layer {layer} has no matrix memory; the recurrent ones are {recurrent}")
         if layer in self.dense_layers:
             raise ValueError(f"a function on {prefix}write replaced writes by matrices, so they have no factors")
         roles = ["log_decay", "write_key", "write_value", "query", *(["erase", "probe"] if erases else [])]
@@ -83,6 +94,7 @@ class RecurrentCache(ActivationCache):
         key, value = factors.write_key, factors.write_value
         if key.ndim == 4:
             key, value = key[:, :, :, None], value[:, :, :, None]
+        head, pos = _forward(head, key.shape[2]), _forward(pos, key.shape[1])
         return FactoredMatrix(key[:, pos][..., head, :, :].mT, value[:, pos][..., head, :, :])
 
     def state(self, layer: int, head: int | slice, pos: int | slice) -> Float[Tensor, "batch *pos_head d_k d_v"]:
@@ -92,18 +104,23 @@ class RecurrentCache(ActivationCache):
         """
         factors = self.factors(layer)
         self._check(factors, head, pos)
-        some = slice(head % factors.query.shape[2], head % factors.query.shape[2] + 1) if isinstance(head, int) else head
+        if layer in self.stepped_layers:
+            name = f"blocks.{layer}.mixer.hook_state"
+            raise ValueError(f"a function on {name} changed states, so no factors tell them: keep it by names_filter")
+        some = _forward(slice(head, head + 1 or None) if isinstance(head, int) else head, factors.query.shape[2])
+        factors = factors.map(lambda tensor: tensor[:, :, some])
         initial = None if self.initial_state is None else self.initial_state.layers[layer].matrix
         matrix = None if initial is None else initial.detach()[:, some]
         wanted = [pos % factors.length] if isinstance(pos, int) else list(range(factors.length))[pos]
         states, start = {}, 0
         for index in sorted(wanted):
-            _, matrix = scan(factors.at(slice(start, index + 1)).heads(some), matrix)
+            _, matrix = scan(factors.at(slice(start, index + 1)), matrix)
             states[index], start = matrix, index + 1
         if isinstance(pos, int):
             out = states[wanted[0]]
             return out[:, 0] if isinstance(head, int) else out
-        stacked = torch.stack([states[index] for index in wanted], dim=1)
+        none = factors.zero_state()[:, None][:, :0]
+        stacked = torch.stack([states[index] for index in wanted], dim=1) if wanted else none
         return stacked[:, :, 0] if isinstance(head, int) else stacked
 
     def _role(self, name: str) -> Tensor:
@@ -117,3 +134,9 @@ class RecurrentCache(ActivationCache):
         for word, index, size in (("head", head, factors.query.shape[2]), ("position", pos, factors.length)):
             if isinstance(index, int) and not -size <= index < size:
                 raise IndexError(f"{word} {index} is out of range: the cache holds {size}")
+
+
+def _forward(index: int | slice, size: int) -> int | slice | list[int]:
+    """The same index in a form that torch takes: it has no slices that run backward."""
+    backward = isinstance(index, slice) and index.step is not None and index.step < 0
+    return list(range(size))[index] if backward else index

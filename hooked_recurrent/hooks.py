@@ -52,7 +52,10 @@ class RecurrentHookPoint(HookPoint):
 
     @property
     def positions(self) -> Int[Tensor, "pos"]:
-        """Absolute positions along the pos axis of the tensor that a hook function is being given."""
+        """Absolute positions along the pos axis of the tensor that a forward function is being given.
+
+        A backward function finds here the positions of the model's last forward call.
+        """
         if self.clock is None:
             raise RuntimeError(f"hook point {self.name!r} belongs to no model yet, so it has no positions")
         return self.clock.positions
@@ -71,9 +74,14 @@ class RecurrentHookPoint(HookPoint):
         return bool(self.fwd_hooks or self.bwd_hooks)
 
     @property
+    def has_editor(self) -> bool:
+        """Whether a forward function that may edit is attached."""
+        return any(handle.hook.id not in self._readers for handle in self.fwd_hooks)
+
+    @property
     def may_edit(self) -> bool:
         """Whether a forward function that may edit, or any backward function, is attached."""
-        return bool(self.bwd_hooks) or any(handle.hook.id not in self._readers for handle in self.fwd_hooks)
+        return bool(self.bwd_hooks) or self.has_editor
 
     def forward(self, x: Tensor) -> Tensor:
         """Identity; a possible editor gets a copy, so that an edit in place reaches only what follows this point."""

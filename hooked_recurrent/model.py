@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_recurrent.block import Block
-from hooked_recurrent.cache import RecurrentCache, cache_filter, saving_hooks
+from hooked_recurrent.cache import RecurrentCache, cache_filter, join_pieces, saving_hooks
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.edits import WriteEdit
@@ -231,10 +231,13 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
                 output.backward()
-        tensors = {name: kept[0] if len(kept) == 1 else torch.cat(kept, dim=1) for name, kept in pieces.items()}
+        tensors = join_pieces(pieces)
         if not return_cache_object:
             return output, tensors
         cache = RecurrentCache(tensors, self, self.last_call, model_kwargs.get("state"))
+        batch = {tensor.shape[0] for tensor in tensors.values()} - {1}
+        if remove_batch_dim and batch:
+            raise ValueError(f"remove_batch_dim needs one sequence, got a batch of {batch.pop()}")
         return output, cache.remove_batch_dim() if remove_batch_dim else cache
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:

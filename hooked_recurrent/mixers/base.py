@@ -48,6 +48,8 @@ class Call:
     """Filled in: per layer, the further write terms that `add` edits made."""
     dense_layers: list[int] = field(default_factory=list)
     """Filled in: layers whose writes a function on hook_write may have replaced by matrices."""
+    stepped_layers: list[int] = field(default_factory=list)
+    """Filled in: layers whose states a function on hook_state may have replaced."""
 
 
 class RecurrentMixer(nn.Module, ABC):
@@ -122,7 +124,8 @@ class RecurrentMixer(nn.Module, ABC):
         writes = self.hook_write(factors.write_matrix())
         if not self.hook_write.may_edit:
             return factors, None
-        call.dense_layers.append(self.layer)
+        if self.hook_write.has_editor:
+            call.dense_layers.append(self.layer)
         return factors, writes
 
     def _scan(
@@ -162,4 +165,8 @@ class RecurrentMixer(nn.Module, ABC):
             seen.append(state)
             return state
 
-        return edit if self.hook_state.may_edit else collect
+        if not self.hook_state.may_edit:
+            return collect
+        if self.hook_state.has_editor:
+            call.stepped_layers.append(self.layer)
+        return edit
