@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.state import RecurrentState
+from hooked_recurrent.validation import check_edits
 
 
 class GenerationMixin:
@@ -17,7 +18,7 @@ class GenerationMixin:
     @torch.no_grad()
     def generate(
         self: Any,
-        input: Int[Tensor, "batch pos"] | str | list[str],
+        input: Integer[Tensor, "batch pos"] | Integer[Tensor, "pos"] | str | list[str],
         max_new_tokens: int = 20,
         *,
         do_sample: bool = False,
@@ -51,7 +52,7 @@ class GenerationMixin:
             raise ValueError(f"unknown return_type {return_type!r}; expected 'input', 'tokens' or 'str'")
         if temperature <= 0:
             raise ValueError(f"temperature must be greater than 0, got {temperature}; do_sample=False is greedy")
-        tokens, edits = self._tokens(input), tuple(edits)
+        tokens, edits = self._tokens(input), check_edits(edits)
         end = (0 if state is None else state.position) + tokens.shape[1] + max_new_tokens
         for edit in edits:
             edit.check(self.cfg, end)
@@ -72,7 +73,7 @@ class GenerationMixin:
         output = tokens
         if as_text:
             texts = self.to_string(tokens)
-            output = texts[0] if isinstance(input, str) or tokens.shape[0] == 1 else texts
+            output = texts if isinstance(input, list) or tokens.shape[0] > 1 else texts[0]
         return (output, state) if return_state else output
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from hooked_recurrent.block import Block
@@ -30,7 +30,7 @@ from hooked_recurrent.layers.norm import RMSNorm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.state import LayerState, RecurrentState
 from hooked_recurrent.text import TextMixin
-from hooked_recurrent.validation import check_finite, check_state, check_tokens
+from hooked_recurrent.validation import check_edits, check_finite, check_state, check_tokens
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 INIT_STD = 0.02
@@ -108,7 +108,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
 
     def forward(
         self,
-        input: Int[Tensor, "batch pos"] | Int[Tensor, "pos"] | str | list[str],
+        input: Integer[Tensor, "batch pos"] | Integer[Tensor, "pos"] | str | list[str],
         return_type: str | None = "logits",
         *,
         state: RecurrentState | None = None,
@@ -137,7 +137,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             raise ValueError(f"unknown return_type {return_type!r}; expected one of {RETURN_TYPES}")
         tokens = self._tokens(input)
         whole_text = state is None and not return_state
-        logits, states = self._run(tokens, state, tuple(edits), (tokens.shape[1],), backend, whole_text)
+        logits, states = self._run(tokens, state, check_edits(edits), (tokens.shape[1],), backend, whole_text)
         output: Any = None
         if return_type in ("loss", "both"):
             loss = next_token_loss(logits, tokens, loss_per_token)
@@ -148,7 +148,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
 
     def snapshots(
         self,
-        input: Int[Tensor, "batch pos"] | str | list[str],
+        input: Integer[Tensor, "batch pos"] | Integer[Tensor, "pos"] | str | list[str],
         positions: Iterable[int],
         *,
         state: RecurrentState | None = None,
@@ -165,11 +165,12 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             if not start <= position <= start + tokens.shape[1]:
                 raise IndexError(f"snapshot at {position} is out of range: the text spans {start} to {start + tokens.shape[1]}")
         stops = tuple(dict.fromkeys([*(position - start for position in wanted), tokens.shape[1]]))
-        _, states = self._run(tokens, state, tuple(edits), stops, "auto", False)
+        _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False)
         return {taken.position: taken for taken in states if taken.position in wanted}
 
     def _tokens(self, input: Any) -> Tensor:
-        tokens = self.to_tokens(input) if isinstance(input, str | list) else input
+        texts = input if isinstance(input, list) and input else [input]
+        tokens = self.to_tokens(input) if all(isinstance(text, str) for text in texts) else input
         return check_tokens(tokens, self.cfg.d_vocab).to(self.device)
 
     def _run(
@@ -184,7 +185,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         """Logits, and the state after each of `stops` tokens."""
         if state is None:
             state = RecurrentState(tuple(LayerState() for _ in self.blocks))
-        check_state(state, self.cfg.n_layers, tokens.shape[0])
+        check_state(state, self.cfg, tokens.shape[0])
         for edit in edits:
             edit.check(self.cfg, tokens.shape[1] if whole_text else None)
         self.clock.set(state.position, tokens.shape[1])

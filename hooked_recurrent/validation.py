@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_recurrent.config import ATTENTION, ModelConfig
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
 from hooked_recurrent.state import RecurrentState
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 def check_tokens(tokens: Any, d_vocab: int) -> Int[Tensor, "batch pos"]:
     """Integer tokens [batch, pos] within the vocabulary, with a batch axis added to [pos]; else one clear error."""
     if not isinstance(tokens, Tensor):
-        raise TypeError(f"expected text or a tensor of tokens, got {type(tokens).__name__}")
+        what = type(tokens).__name__
+        if isinstance(tokens, list) and tokens:
+            what = f"a list of {' and '.join(sorted({type(one).__name__ for one in tokens}))}"
+        raise TypeError(f"expected text or a tensor of tokens, got {what}")
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
     if tokens.ndim not in (1, 2) or tokens.numel() == 0:
@@ -28,12 +32,39 @@ def check_tokens(tokens: Any, d_vocab: int) -> Int[Tensor, "batch pos"]:
     return (tokens[None] if tokens.ndim == 1 else tokens).long()
 
 
-def check_state(state: RecurrentState, n_layers: int, batch: int) -> None:
-    """A state must come from a model with as many layers and hold as many sequences as the tokens."""
-    if len(state.layers) != n_layers:
-        raise ValueError(f"the state has {len(state.layers)} layers, the model {n_layers}")
+def check_state(state: Any, cfg: ModelConfig, batch: int) -> None:
+    """A state must come from a model with the same layers and hold as many sequences as the tokens."""
+    if not isinstance(state, RecurrentState):
+        raise TypeError(f"state must be a RecurrentState, got {type(state).__name__}")
+    if len(state.layers) != cfg.n_layers:
+        raise ValueError(f"the state has {len(state.layers)} layers, the model {cfg.n_layers}")
     if state.batch_size not in (None, batch):
         raise ValueError(f"the state holds {state.batch_size} sequences, the tokens {batch}; fork or index the state")
+    for layer, entry in enumerate(state.layers):
+        if not entry.tensors():
+            continue
+        kind = cfg.layer_types[layer]
+        if kind == ATTENTION and cfg.attention is not None:
+            held, expected = entry.keys, (cfg.attention.n_key_value_heads, cfg.attention.d_head)
+        else:
+            held, expected = entry.matrix, (cfg.n_heads, cfg.d_k, cfg.d_v)
+        if held is None:
+            names = " and ".join(entry.tensors())
+            raise ValueError(f"layer {layer} of the state holds {names}, but this layer of the model is {kind!r}")
+        if held.shape[-len(expected) :] != expected:
+            came = tuple(held.shape[-len(expected) :])
+            raise ValueError(f"layer {layer} of the state has heads of shape {came}, this layer of the model {expected}")
+
+
+def check_edits(edits: Any) -> tuple[WriteEdit, ...]:
+    """Any iterable of WriteEdits, as a tuple; anything else is one clear error."""
+    if isinstance(edits, WriteEdit):
+        raise TypeError("edits must be several, got a single WriteEdit: put it into a list")
+    edits = tuple(edits)
+    for edit in edits:
+        if not isinstance(edit, WriteEdit):
+            raise TypeError(f"edits must be WriteEdits, got {type(edit).__name__}")
+    return edits
 
 
 def check_finite(
@@ -53,14 +84,18 @@ def check_finite(
 
     @reads_only
     def look(tensor: Tensor, hook: RecurrentHookPoint) -> None:
-        bad = ~torch.isfinite(tensor)
-        if hook.name is None or hook.name.endswith("hook_attn_scores") or found or not bad.any():
+        name = str(hook.name)
+        # masked scores are -inf by design; scores and patterns have their query positions behind the heads
+        bad = torch.isnan(tensor) if name.endswith("hook_attn_scores") else ~torch.isfinite(tensor)
+        if found or not bad.any():
             return
-        row, place = bad.flatten(2).any(-1).nonzero()[0].tolist()
+        by_position = bad.transpose(1, 2) if name.endswith(("hook_attn_scores", "hook_pattern")) else bad
+        row, place = by_position.flatten(2).any(-1).nonzero()[0].tolist()
         kind = "NaN" if torch.isnan(tensor).any() else "Inf"
-        found.append(f"{kind} in {hook.name} at position {int(hook.positions[place])} of batch row {row}")
+        found.append(f"{kind} in {name} at position {int(hook.positions[place])} of batch row {row}")
 
-    names = [name for name in model.hook_dict if not name.endswith(("hook_write", "hook_state"))]
+    matrices = ("hook_write", "hook_state")  # looked at only where a function has made them exist
+    names = [name for name, point in model.hook_dict.items() if point.in_use or not name.endswith(matrices)]
     model._locating = True
     try:
         with torch.no_grad(), model.hooks(fwd_hooks=[(name, look) for name in names]):
