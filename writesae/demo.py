@@ -207,11 +207,13 @@ def _report(
             "cell": f"layer {result.layer}, head {result.head}",
             "python build": sys.version.split()[0],
         },
-        firings=result.table,
+        firings=result.table.assign(atom=result.table["dominant"]),  # the atom that the headline substitutes
         summary=result.summary(),
         atoms=atoms,
         training_log=training.log,
         half_lives=cells.rename(columns={"half_life": "median"}),
+        condition="atom_dominant_coef",
+        control="random_dominant_coef",
         cell=(result.layer, result.head),
         notes=[
             f"Substituting the native write for itself changes the output by at most {floor:.1e} nats: that is the floor.",

@@ -12,6 +12,9 @@ import pandas as pd
 from writesae.evaluation.statistics import cluster_bootstrap, median_mad, paired_wilcoxon, wilson_interval
 from writesae.evaluation.substitutes import DELETE, NATIVE, POOLS, SCALES
 
+# The column of the atom that each pool substitutes, by which its wins are grouped.
+ATOM_COLUMN = {"listed": "atom", "dominant": "dominant"}
+
 # Which random control stands beside which atom in the strict chain atom < delete < random.
 CONTROL_OF = {
     ("listed", "coef"): "random_listed_coef",
@@ -56,23 +59,24 @@ class ReplacementResult:
             for scale in SCALES
         ]
 
-    def win_rate(self, reading: str = "in_recurrence", pool: str = "listed", scale: str = "coef") -> float:
+    def win_rate(self, reading: str = "in_recurrence", pool: str = "dominant", scale: str = "coef") -> float:
         """Share of firings whose atom has a lower KL than deletion; a tie loses."""
         rows = self.reading(reading)
         return float((rows[f"kl_atom_{pool}_{scale}"] < rows[f"kl_{DELETE}"]).mean())
 
-    def by_atom(self, reading: str = "in_recurrence", pool: str = "listed", scale: str = "coef") -> pd.DataFrame:
-        """Firings, wins and median coefficient of every listed atom."""
+    def by_atom(self, reading: str = "in_recurrence", pool: str = "dominant", scale: str = "coef") -> pd.DataFrame:
+        """Firings, wins, median coefficient and cosine of every atom that was substituted."""
         rows = self.reading(reading)
+        prefix, suffix = ("dominant_", "_dominant") if pool == "dominant" else ("", "")
         won = rows[f"kl_atom_{pool}_{scale}"] < rows[f"kl_{DELETE}"]
-        grouped = rows.assign(win=won).groupby("atom")
+        grouped = rows.assign(win=won).groupby(rows[ATOM_COLUMN[pool]].rename("substituted"))
         return grouped.agg(
             firings=("win", "size"),
             wins=("win", "sum"),
             win_rate=("win", "mean"),
-            median_coefficient=("coefficient", "median"),
-            median_cosine=("cosine", "median"),
-        ).reset_index()
+            median_coefficient=(f"{prefix}coefficient", "median"),
+            median_cosine=(f"cosine{suffix}", "median"),
+        ).reset_index(names="atom")
 
     def floor(self, reading: str = "in_recurrence") -> tuple[float, float]:
         """Median and largest |KL| of substituting the native write for itself, in nats."""
@@ -101,8 +105,8 @@ class ReplacementResult:
         random = rows[f"kl_{CONTROL_OF[pool, scale]}"].to_numpy()
         won = (atom < delete).astype(float)
         wilson = wilson_interval(int(won.sum()), len(won))
-        by_atom = cluster_bootstrap(won, rows["atom"].to_numpy(), n_resamples=n_resamples)
-        by_passage = cluster_bootstrap(won, rows["passage"].to_numpy(), n_resamples=n_resamples)
+        by_atom = _bootstrap(won, rows[ATOM_COLUMN[pool]], n_resamples)
+        by_passage = _bootstrap(won, rows["passage"], n_resamples)
         spreads = {
             name: median_mad(values) for name, values in (("atom", atom), ("delete", delete), ("random", random))
         }
@@ -112,12 +116,12 @@ class ReplacementResult:
             "pool": pool,
             "scale": scale,
             "n": len(won),
-            "n_atoms": int(rows["atom"].nunique()),
+            "n_atoms": int(rows[ATOM_COLUMN[pool]].nunique()),
             "n_passages": int(rows["passage"].nunique()),
             "win_rate": wilson.estimate,
             "wilson": [wilson.low, wilson.high],
-            "by_atom": [by_atom.low, by_atom.high],
-            "by_passage": [by_passage.low, by_passage.high],
+            "by_atom": by_atom,
+            "by_passage": by_passage,
             "win_rate_vs_random": float((atom < random).mean()),
             "strict_chain": float(((atom < delete) & (delete < random)).mean()),
             **{f"median_kl_{name}": spread.median for name, spread in spreads.items()},
@@ -127,3 +131,11 @@ class ReplacementResult:
             "floor_median": floor_median,
             "floor_max": floor_max,
         }
+
+
+def _bootstrap(won: np.ndarray, clusters: pd.Series, n_resamples: int) -> list[float]:
+    """The interval of a mean clustered by a column; NaN where one cluster holds everything."""
+    if clusters.nunique() < 2:
+        return [float("nan"), float("nan")]
+    interval = cluster_bootstrap(won, clusters.to_numpy(), n_resamples=n_resamples)
+    return [interval.low, interval.high]

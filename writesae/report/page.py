@@ -18,7 +18,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from writesae.report import tables
+import writesae.report.tables as tables
 from writesae.report.figures import atom_heat_map
 from writesae.report.panels import background_panels, result_panels, short
 from writesae.report.text import context_markup, plain

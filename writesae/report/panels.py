@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from writesae.report import figures, tables
+import writesae.report.figures as figures
+import writesae.report.tables as tables
 from writesae.report.svg import ATOM, DELETE, RANDOM
 from writesae.report.text import plain
 

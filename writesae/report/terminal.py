@@ -3,14 +3,21 @@
 from typing import Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-READINGS = {"in_recurrence": "at t", "cache": "cache, at t + 1", "horizon": "mean of the next tokens"}
+READINGS = {"in_recurrence": "at t", "cache": "at t + 1", "horizon": "next ones"}
+POOLS = {"listed": "listed atom", "dominant": "strongest atom"}
+HEADLINE = ("dominant", "coef")
 
 
 def models_table(rows: list[dict[str, Any]]) -> Table:
     """The bundled models."""
-    table = Table(title="bundled models", caption="bits per byte: on held-out files of the Python standard library")
+    table = Table(
+        title="bundled models",
+        caption="bits per byte: on held-out files of the Python standard library",
+        box=SIMPLE_HEAD,
+    )
     for heading in ("name", "family", "layers", "d_model", "heads", "d_k x d_v", "parameters", "bits per byte"):
         table.add_column(heading, justify="left" if heading in ("name", "family") else "right")
     for row in rows:
@@ -23,7 +30,9 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
 
 def cells_table(cells: pd.DataFrame, chosen: tuple[int, int]) -> Table:
     """The survey of the cells; the chosen one is bold."""
-    table = Table("layer", "head", "half-life", "write norm", "KL of deleting a write", title="cells (medians)")
+    table = Table(
+        "layer", "head", "half-life", "write norm", "KL of deleting a write", title="cells (medians)", box=SIMPLE_HEAD
+    )
     for row in cells.itertuples():
         style = "bold" if (row.layer, row.head) == chosen else None
         numbers = (f"{row.half_life:.1f}", f"{row.write_norm:.2f}", f"{row.deletion_kl:.2e}")
@@ -34,28 +43,35 @@ def cells_table(cells: pd.DataFrame, chosen: tuple[int, int]) -> Table:
 def quality_table(metrics: dict[str, dict[str, float]]) -> Table:
     """What the dictionary leaves unexplained, on training and held-out writes."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    table = Table("text", *(name.replace("_", " ") for name in names), title="dictionary")
+    table = Table("text", *(name.replace("_", " ") for name in names), title="dictionary", box=SIMPLE_HEAD)
     for text, values in metrics.items():
-        table.add_row(text, *(f"{values[name]:.4g}" if name in values else "" for name in names))
+        cells = [values.get(name, "") for name in names]
+        table.add_row(text, *(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
     return table
 
 
 def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> Table:
-    """The replacement test: a row per reading, pool and scale."""
+    """The replacement test: a row per reading, pool and scale, narrow enough for 80 columns."""
+    floor = max(row["floor_max"] for row in summary)
     table = Table(
-        title=f"replacement test, layer {cell[0]}, head {cell[1]}: {summary[0]['n']} firings of {summary[0]['n_atoms']} atoms",
-        caption="KL(edited || native) in nats, medians; the interval of the win rate is a bootstrap over passages",
+        title=f"replacement test, layer {cell[0]}, head {cell[1]}: {summary[0]['n']} firings",
+        caption="KL(edited || native): medians in nats. Interval: 95%, bootstrap over passages. The native write put back "
+        f"in its place: at most {floor:.0e} nats.",
+        box=SIMPLE_HEAD,
     )
-    for heading in ("logits", "atom", "scale", "atom beats deletion", "KL atom", "delete", "random", "floor"):
-        table.add_column(heading, justify="left" if heading in ("logits", "atom", "scale") else "right")
+    for heading in ("logits", "in place of the write", "beats deletion", "KL atom", "delete", "random"):
+        table.add_column(heading, justify="left" if heading in ("logits", "in place of the write") else "right")
+    before = None
     for row in summary:
+        if before not in (None, row["reading"]):
+            table.add_section()
         low, high = row["by_passage"]
         table.add_row(
-            READINGS.get(row["reading"], row["reading"]),
-            row["pool"],
-            "coefficient" if row["scale"] == "coef" else "native norm",
-            f"{row['win_rate']:.1%} [{low:.1%}, {high:.1%}]",
-            *(f"{row[f'median_kl_{name}']:.2e}" for name in ("atom", "delete", "random")),
-            f"{row['floor_max']:.0e}",
+            READINGS.get(row["reading"], row["reading"]) if row["reading"] != before else "",
+            POOLS[row["pool"]] + ("" if row["scale"] == "coef" else ", write's norm"),
+            f"{row['win_rate']:.1%} [{low:.0%}, {high:.0%}]",
+            *(f"{row[f'median_kl_{name}']:.1e}" for name in ("atom", "delete", "random")),
+            style="bold" if (row["pool"], row["scale"]) == HEADLINE else None,
         )
+        before = row["reading"]
     return table
