@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 READINGS = {"in_recurrence": "at t", "cache": "at t + 1", "horizon": "next ones"}
-POOLS = {"listed": "listed atom", "dominant": "strongest atom"}
+POOLS = {"listed": "listed", "dominant": "strongest"}
 HEADLINE = ("dominant", "coef")
 
 
@@ -55,12 +55,13 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
     floor = max(row["floor_max"] for row in summary)
     table = Table(
         title=f"replacement test, layer {cell[0]}, head {cell[1]}: {summary[0]['n']} firings",
-        caption="KL(edited || native): medians in nats. Interval: 95%, bootstrap over passages. The native write put back "
+        caption="An atom stands at its coefficient, or at the native write's norm. KL(edited || native): medians in nats. "
+        "Intervals: bootstrap over passages. The native write put back "
         f"in its place: at most {floor:.0e} nats.",
         box=SIMPLE_HEAD,
     )
-    for heading in ("logits", "in place of the write", "beats deletion", "KL atom", "delete", "random"):
-        table.add_column(heading, justify="left" if heading in ("logits", "in place of the write") else "right")
+    for heading in ("logits", "atom", "beats deletion", "95%", "KL atom", "delete", "random"):
+        table.add_column(heading, justify="left" if heading in ("logits", "atom") else "right")
     before = None
     for row in summary:
         if before not in (None, row["reading"]):
@@ -68,8 +69,9 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
         low, high = row["by_passage"]
         table.add_row(
             READINGS.get(row["reading"], row["reading"]) if row["reading"] != before else "",
-            POOLS[row["pool"]] + ("" if row["scale"] == "coef" else ", write's norm"),
-            f"{row['win_rate']:.1%} [{low:.0%}, {high:.0%}]",
+            POOLS[row["pool"]] + ("" if row["scale"] == "coef" else " at norm"),
+            f"{row['win_rate']:.1%}",
+            f"{100 * low:.0f}-{100 * high:.0f}",
             *(f"{row[f'median_kl_{name}']:.1e}" for name in ("atom", "delete", "random")),
             style="bold" if (row["pool"], row["scale"]) == HEADLINE else None,
         )
