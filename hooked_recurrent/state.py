@@ -84,8 +84,9 @@ class RecurrentState:
         """The chosen batch rows, in the order given; a single int keeps the batch axis."""
         size = self.batch_size
         chosen = [rows] if isinstance(rows, int) else rows
-        if isinstance(chosen, list) and size is not None:
-            for row in chosen:
+        mask = isinstance(chosen, Tensor) and chosen.dtype == torch.bool
+        if not isinstance(chosen, slice) and not mask and size is not None:
+            for row in map(int, chosen):
                 if not -size <= row < size:
                     raise IndexError(f"batch row {row} is out of range: the state holds {size} sequences")
         return self.map(lambda tensor: tensor[chosen])
@@ -105,8 +106,13 @@ class RecurrentState:
     @staticmethod
     def stack(states: list["RecurrentState"]) -> "RecurrentState":
         """One batch out of several states at the same position."""
+        if not states:
+            raise ValueError("stack needs at least one state")
         if len({state.position for state in states}) != 1:
             raise ValueError(f"stacked states must share one position, got {[state.position for state in states]}")
+        kinds = {tuple(tuple(layer.tensors()) for layer in state.layers) for state in states}
+        if len(kinds) != 1:
+            raise ValueError("stack needs states of the same model: theirs hold different tensors")
         layers = []
         for entries in zip(*(state.layers for state in states), strict=True):
             names = entries[0].tensors()
@@ -117,18 +123,17 @@ class RecurrentState:
         """Write one safetensors file, atomically."""
         path = Path(path)
         tensors = {
-            f"layers.{index}.{name}": tensor.contiguous()
+            f"layers.{index}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
             for index, layer in enumerate(self.layers)
             for name, tensor in layer.tensors().items()
         }
         about = {"format": FORMAT, "position": str(self.position), "n_layers": str(len(self.layers))}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata={"state": json.dumps(about)})
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            part = Path(scratch) / path.name
+            save_file(tensors, part, metadata={"state": json.dumps(about)})
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(part, path)
         return path
 
     @staticmethod
@@ -139,14 +144,27 @@ class RecurrentState:
             raise FileNotFoundError(f"no state file at {path}")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                about = json.loads((file.metadata() or {}).get("state", "{}"))
+                about = _about(file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
         if about.get("format") != FORMAT:
-            raise ValueError(f"{path} is no saved RecurrentState: its format is {about.get('format')!r}, not {FORMAT!r}")
+            came = about.get("format")
+            raise ValueError(f"{path} is no saved RecurrentState: its format is {came!r}, not {FORMAT!r}")
         layers: list[dict[str, Tensor]] = [{} for _ in range(int(about["n_layers"]))]
+        places = {f"layers.{index}.{f.name}": (index, f.name) for index in range(len(layers)) for f in fields(LayerState)}
         for name, tensor in tensors.items():
-            _, index, field = name.split(".")
-            layers[int(index)][field] = tensor
+            if name not in places:
+                raise ValueError(f"{path} is no saved RecurrentState: it holds a tensor {name!r}")
+            index, field = places[name]
+            layers[index][field] = tensor
         return RecurrentState(tuple(LayerState(**entry) for entry in layers), int(about["position"]))
+
+
+def _about(metadata: dict[str, str] | None) -> dict[str, str]:
+    """What a file says about itself; nothing for a file of someone else."""
+    try:
+        about = json.loads((metadata or {}).get("state", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return about if isinstance(about, dict) else {}
