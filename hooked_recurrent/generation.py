@@ -50,9 +50,14 @@ class GenerationMixin:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if return_type not in ("input", "tokens", "str"):
             raise ValueError(f"unknown return_type {return_type!r}; expected 'input', 'tokens' or 'str'")
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature must be greater than 0, got {temperature}; do_sample=False is greedy")
+        if top_k is not None and not 1 <= top_k <= self.cfg.d_vocab:
+            raise ValueError(f"top_k must be between 1 and {self.cfg.d_vocab}, got {top_k}")
         tokens, edits = self._tokens(input), check_edits(edits)
+        as_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
+        if as_text:
+            self._need_tokenizer()
         end = (0 if state is None else state.position) + tokens.shape[1] + max_new_tokens
         for edit in edits:
             edit.check(self.cfg, end)
@@ -69,7 +74,6 @@ class GenerationMixin:
                 tokens = torch.cat([tokens, fresh], dim=1)
                 if eos_token_id is not None and done.all():
                     break
-        as_text = return_type == "str" or (return_type == "input" and not isinstance(input, Tensor))
         output = tokens
         if as_text:
             texts = self.to_string(tokens)
@@ -88,8 +92,6 @@ def _choose(
     if not do_sample:
         return logits.argmax(-1)
     if top_k is not None:
-        if not 1 <= top_k <= logits.shape[-1]:
-            raise ValueError(f"top_k must be between 1 and {logits.shape[-1]}, got {top_k}")
         lowest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
