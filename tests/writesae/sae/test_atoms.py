@@ -1,0 +1,88 @@
+"""Atoms as factors against atoms as matrices."""
+
+import pytest
+import torch
+
+from writesae.config import WriteSAEConfig
+from writesae.sae.atoms import OuterProductAtoms
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def atoms_of(rank, n_atoms=7):
+    config = WriteSAEConfig(d_k=5, d_v=4, n_atoms=n_atoms, k=2, rank=rank)
+    return OuterProductAtoms(config, torch.Generator().manual_seed(0)).double()
+
+
+def matrices(atoms):
+    return torch.einsum("nrk,nrv->nkv", atoms.key_atoms, atoms.value_atoms)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_atoms_start_at_unit_norm(rank):
+    assert (atoms_of(rank).norms() - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_norms_are_recomputed_from_the_factors(rank):
+    atoms = atoms_of(rank)
+    with torch.no_grad():
+        atoms.key_atoms[2] *= 3.0
+    torch.testing.assert_close(atoms.norms(), matrices(atoms).flatten(1).norm(dim=1), **TIGHT)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_normalise_keeps_directions_and_balances_factors(rank):
+    atoms = atoms_of(rank)
+    with torch.no_grad():
+        atoms.key_atoms.mul_(torch.rand(7, rank, 1) + 0.5)
+        atoms.value_atoms.mul_(5.0)
+    before = matrices(atoms)
+    atoms.normalise_()
+    expected = before / before.flatten(1).norm(dim=1)[:, None, None]
+    torch.testing.assert_close(matrices(atoms), expected, **TIGHT)
+    torch.testing.assert_close(atoms.key_atoms.norm(dim=-1), atoms.value_atoms.norm(dim=-1), **TIGHT)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_normalise_leaves_a_zero_atom_finite(rank):
+    atoms = atoms_of(rank)
+    with torch.no_grad():
+        atoms.key_atoms[0] = atoms.value_atoms[0] = 0.0
+    atoms.normalise_()
+    assert torch.isfinite(atoms.key_atoms).all() and matrices(atoms)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_decode_and_inner_products_agree_with_matrices(rank):
+    atoms = atoms_of(rank)
+    indices, values = torch.tensor([[0, 6], [3, 3], [2, 1]]), torch.rand(3, 2, dtype=torch.float64)
+    expected = torch.einsum("bi,bikv->bkv", values, matrices(atoms)[indices])
+    torch.testing.assert_close(atoms.decode(indices, values), expected, **TIGHT)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(atoms.inner_with_matrix(x), (matrices(atoms) * x).sum((1, 2)), **TIGHT)
+    torch.testing.assert_close(atoms.matrix(3).AB, matrices(atoms)[3], **TIGHT)
+
+
+def test_projected_gradients_are_orthogonal_to_their_factors():
+    atoms = atoms_of(2)
+    matrices(atoms).pow(3).sum().backward()
+    before = atoms.key_atoms.grad.clone()
+    atoms.project_gradients_()
+    assert (atoms.key_atoms.grad * atoms.key_atoms).sum(-1).abs().max() < 1e-12
+    assert (atoms.value_atoms.grad * atoms.value_atoms).sum(-1).abs().max() < 1e-12
+    assert (before - atoms.key_atoms.grad).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_reset_makes_the_given_outer_product_lead(rank):
+    atoms = atoms_of(rank)
+    others = matrices(atoms)[[0, 2, 3, 5, 6]]
+    key = torch.nn.functional.normalize(torch.randn(2, 5, dtype=torch.float64), dim=1)
+    value = torch.nn.functional.normalize(torch.randn(2, 4, dtype=torch.float64), dim=1)
+    atoms.reset_(torch.tensor([4, 1]), key, value)
+    made = matrices(atoms)
+    assert torch.equal(made[[0, 2, 3, 5, 6]], others)
+    leading = torch.einsum("nk,nv->nkv", key, value)
+    assert (made[[4, 1]] - leading).flatten(1).norm(dim=1).max() <= 0.01 * (rank - 1) + 1e-12
+    assert atoms.key_atoms[4].norm(dim=-1).min() > 0

@@ -1,0 +1,24 @@
+"""Sparse codes and their dense form."""
+
+import torch
+
+from writesae.sae.codes import Codes
+
+
+def test_dense_puts_every_coefficient_in_its_place():
+    codes = Codes(torch.tensor([[[3, 0]], [[1, 2]]]), torch.tensor([[[2.0, 1.0]], [[5.0, 0.0]]]))
+    expected = torch.tensor([[[1.0, 0.0, 0.0, 2.0]], [[0.0, 5.0, 0.0, 0.0]]])
+    assert torch.equal(codes.dense(4), expected)
+
+
+def test_an_entry_of_zero_is_not_active():
+    codes = Codes(torch.tensor([[1, 2]]), torch.tensor([[5.0, 0.0]]))
+    assert codes.active.tolist() == [[True, False]]
+    assert codes.l0.tolist() == [1]
+
+
+def test_dense_carries_gradients_to_the_coefficients():
+    values = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    (Codes(torch.tensor([[2, 0]]), values).dense(3) * torch.tensor([10.0, 20.0, 30.0])).sum().backward()
+    assert values.grad.tolist() == [[30.0, 10.0]]
+    assert not Codes(torch.tensor([[2, 0]]), values).detach().values.requires_grad

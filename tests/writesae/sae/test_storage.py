@@ -1,0 +1,150 @@
+"""Saving and loading: everything survives, damage is named, and a failed save leaves the earlier one as it was."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from writesae.config import WriteSAEConfig
+from writesae.sae import WriteSAE, storage
+
+
+def sae_of(seed=0, **fields):
+    sae = WriteSAE(WriteSAEConfig(**{"d_k": 5, "d_v": 4, "n_atoms": 9, "k": 2, "seed": seed, **fields}))
+    sae.calibrate_(torch.randn(30, 5), 7 * torch.randn(30, 4) + 1)
+    sae.steps_since_active[3] = 17
+    sae.provenance.update(model="tiny", hook="blocks.1.mixer.hook_write", head=2, metrics={"fvu": 0.25})
+    return sae
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return sae_of(center=True).save(tmp_path / "deep" / "sae")
+
+
+def change(folder, **tensors):
+    """Rewrite the tensors file with some tensors changed, added, or (None) taken out."""
+    path = folder / storage.TENSORS
+    kept = {name: tensor for name, tensor in {**load_file(path), **tensors}.items() if tensor is not None}
+    save_file(kept, path)
+
+
+@pytest.mark.parametrize("fields", [{}, {"center": True, "rank": 2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_everything_survives_a_round_trip(tmp_path, fields, dtype):
+    sae = sae_of(**fields).to(dtype)
+    loaded = WriteSAE.load(sae.save(tmp_path / "sae"))
+    assert loaded.config == sae.config and loaded.provenance == sae.provenance
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor) and loaded.state_dict()[name].dtype == tensor.dtype
+    key, value = torch.randn(3, 5, dtype=dtype), torch.randn(3, 4, dtype=dtype)
+    assert torch.equal(loaded.encode(key, value).values, sae.encode(key, value).values)
+
+
+def test_the_folder_holds_two_plain_files(folder):
+    assert sorted(os.listdir(folder)) == ["config.json", "sae.safetensors"]
+    header = json.loads((folder / "config.json").read_text())
+    assert header["format_version"] == 1 and header["provenance"]["layout"] == "key_first"
+    assert header["config"]["d_k"] == 5 and header["provenance"]["metrics"] == {"fvu": 0.25}
+
+
+def test_saving_again_replaces_both_files(folder):
+    sae_of(seed=5).save(folder)
+    assert WriteSAE.load(folder).config.seed == 5
+    assert sorted(os.listdir(folder)) == ["config.json", "sae.safetensors"]
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_write_text", "os.fsync"])
+def test_a_save_that_fails_leaves_the_earlier_one(folder, monkeypatch, failing):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"writesae.sae.storage.{failing}", full)
+        with pytest.raises(OSError, match="No space"):
+            sae_of(seed=5).save(folder)
+    assert WriteSAE.load(folder).config.seed == 0
+    assert sorted(os.listdir(folder)) == ["config.json", "sae.safetensors"]
+
+
+def test_halves_of_different_saves_are_noticed(folder, tmp_path):
+    other = sae_of(center=True, seed=1).save(tmp_path / "other")
+    os.replace(other / storage.TENSORS, folder / storage.TENSORS)
+    with pytest.raises(ValueError, match="different saves"):
+        WriteSAE.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "sae.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}' does not exist"):
+        WriteSAE.load(folder)
+
+
+def test_a_missing_folder_and_a_file_in_its_place_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="no saved WriteSAE at"):
+        WriteSAE.load(tmp_path / "nowhere")
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        sae_of().save(tmp_path / "taken")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -8])
+def test_a_truncated_file_is_named(folder, keep):
+    path = folder / storage.TENSORS
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if keep >= 0 else len(content) + keep])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        WriteSAE.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "word"),
+    [
+        ({"decoder.key_atoms": None}, "lacks the tensors decoder.key_atoms"),
+        ({"mean": None, "encoder.bias": None}, "lacks the tensors encoder.bias, mean"),
+        ({"decoder.extra": torch.zeros(2)}, "that this configuration does not: decoder.extra"),
+        ({"decoder.key_atoms": torch.zeros(9, 1, 4)}, r"decoder.key_atoms of shape \(9, 1, 4\).*\(9, 1, 5\)"),
+        ({"encoder.bias": torch.full((9,), torch.nan)}, "NaN or infinity in encoder.bias"),
+        ({"mean": torch.full((5, 4), torch.inf)}, "NaN or infinity in mean"),
+        ({"steps_since_active": torch.zeros(9)}, "steps_since_active of type torch.float32"),
+    ],
+)
+def test_wrong_tensors_are_named(folder, tensors, word):
+    change(folder, **tensors)
+    with pytest.raises(ValueError, match=word):
+        WriteSAE.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"format_version": 99}, "format_version 99; this version reads 1"),
+        ({"format_version": None}, "format_version None"),
+        ({"config": {"d_k": 5, "d_v": 4, "n_atom": 9}}, "did you mean 'n_atoms'"),
+        ({"config": {"d_k": 5}}, "d_v"),
+        ({"provenance": None}, "no 'provenance'"),
+    ],
+)
+def test_a_wrong_header_is_named(folder, change, word):
+    path = folder / storage.HEADER
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=word):
+        WriteSAE.load(folder)
+
+
+@pytest.mark.parametrize(("text", "word"), [("{", "not valid JSON"), ("[]", "no format_version")])
+def test_a_header_that_is_none_is_named(folder, text, word):
+    (folder / storage.HEADER).write_text(text)
+    with pytest.raises(ValueError, match=word):
+        WriteSAE.load(folder)
+
+
+def test_provenance_must_be_json(tmp_path):
+    sae = sae_of()
+    sae.provenance["tokens"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="plain JSON"):
+        sae.save(tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()

@@ -1,0 +1,20 @@
+"""WriteSAE: sparse autoencoders over the rank-1 writes of recurrent language models."""
+
+from writesae.config import TrainConfig, WriteSAEConfig
+from writesae.sae import Codes, LossOutput, WriteSAE
+from writesae.stream import Passages, WriteStream, passages
+from writesae.training import TrainResult, fit, train
+
+__all__ = [
+    "Codes",
+    "LossOutput",
+    "Passages",
+    "TrainConfig",
+    "TrainResult",
+    "WriteSAE",
+    "WriteSAEConfig",
+    "WriteStream",
+    "fit",
+    "passages",
+    "train",
+]

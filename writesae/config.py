@@ -1,0 +1,129 @@
+"""What a WriteSAE is and how it is trained: frozen dataclasses, a sentence per field, unknown keys refused.
+
+The variant is written down (`encoder`, `decoder`, `activation`) and saved with the weights, so that a loader never has
+to guess it from tensor names. Each has one value so far; a new one adds its name to the tuple and a class beside the
+others in `writesae.sae`.
+"""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from hooked_recurrent.config import StrictConfig, require_positive
+
+ENCODERS = ("bilinear",)
+DECODERS = ("outer_product",)
+ACTIVATIONS = ("topk",)
+
+
+def require_one_of(owner: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `ValueError` with the nearest allowed name when `value` is none of them."""
+    if value not in allowed:
+        near = get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{owner}.{name} must be {' or '.join(map(repr, allowed))}, got {value!r}{hint}")
+
+
+def require_at_least_zero(owner: str, **values: int | float) -> None:
+    """Raise `ValueError` naming the first value below zero (or not a number)."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{owner}.{name} must be at least 0, got {value!r}")
+
+
+@dataclass(frozen=True)
+class WriteSAEConfig(StrictConfig):
+    """Shape and variant of one dictionary of rank-1 (or rank-r) atoms."""
+
+    d_k: int
+    """Width of the key side of the matrices, the side that a query contracts."""
+    d_v: int
+    """Width of the value side, the side that leaves through W_O."""
+    n_atoms: int = 2048
+    """Atoms in the dictionary (2,048 in the paper)."""
+    k: int = 32
+    """Atoms that may be active in one code (32 in the paper); at most n_atoms."""
+    rank: int = 1
+    """Outer products per atom; 1 is the shape of a native write."""
+    center: bool = False
+    """Whether a constant mean matrix is stored and added to every reconstruction."""
+    encoder: str = "bilinear"
+    """"bilinear": z_i = sum_r (p_ir . key)(r_ir . value) + c_i, its factors untied from the decoder's."""
+    decoder: str = "outer_product"
+    """"outer_product": A_i = sum_r v_ir w_ir^T, kept as factors."""
+    activation: str = "topk"
+    """"topk": the k largest signed pre-activations, then ReLU, so at most k atoms are active."""
+    seed: int = 0
+    """Seed of the random initial factors."""
+
+    def __post_init__(self) -> None:
+        owner = "WriteSAEConfig"
+        require_positive(owner, d_k=self.d_k, d_v=self.d_v, n_atoms=self.n_atoms, k=self.k, rank=self.rank)
+        if self.k > self.n_atoms:
+            raise ValueError(f"WriteSAEConfig.k must be at most n_atoms={self.n_atoms}, got {self.k}")
+        if self.rank > min(self.d_k, self.d_v):
+            limit = min(self.d_k, self.d_v)
+            raise ValueError(f"WriteSAEConfig.rank must be at most min(d_k, d_v)={limit}, got {self.rank}")
+        require_one_of(owner, "encoder", self.encoder, ENCODERS)
+        require_one_of(owner, "decoder", self.decoder, DECODERS)
+        require_one_of(owner, "activation", self.activation, ACTIVATIONS)
+
+
+@dataclass(frozen=True)
+class TrainConfig(StrictConfig):
+    """One training run: how long, how fast, what revives dead atoms, and how the writes reach it."""
+
+    steps: int = 2000
+    """Optimiser steps."""
+    batch_size: int = 256
+    """Writes per step (256 in the paper)."""
+    lr: float = 5e-3
+    """Adam's learning rate after the warm-up."""
+    lr_min: float = 5e-4
+    """Learning rate at the last step of the cosine."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; the first step already has lr / warmup_steps, not zero."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 clips nothing."""
+    seed: int = 0
+    """Seed of the order of the writes and of resampling."""
+    project_gradient: bool = False
+    """Whether the part of an atom's gradient that only changes its length is removed; the norm constraint undoes it."""
+    dead_after: int = 100
+    """Steps without firing after which an atom counts as dead (100 in the paper's code)."""
+    aux_weight: float = 1.0
+    """Weight of the auxiliary loss that only dead atoms feel (paper 1e-2, its code 1.0, Gao et al. 2024 1/32)."""
+    aux_k: int = 32
+    """Dead atoms that may rebuild one residual (256 in the paper's code); its cost grows with the square, 0 is off."""
+    resample_every: int = 250
+    """Steps between moves of dead atoms onto badly reconstructed writes; 0 never moves one."""
+    resample_until: float = 0.8
+    """Share of the run after which no atom is moved any more, so that every atom has time to settle."""
+    log_every: int = 50
+    """Steps between two lines of the log."""
+    skip_positions: int = 1
+    """Positions left out at the start of every passage; position 0 always holds the same token."""
+    calibration_writes: int = 8192
+    """Writes from which the input scale, the variance and (if centred) the mean are measured before the first step."""
+    passages_per_forward: int = 8
+    """Passages in one forward pass of the language model."""
+    cache_bytes: int = 1 << 29
+    """All factors are kept in memory when they need at most this many bytes; otherwise they stream through a buffer."""
+    buffer_writes: int = 65536
+    """Writes in the shuffle buffer of a streamed run."""
+
+    def __post_init__(self) -> None:
+        owner = "TrainConfig"
+        require_positive(owner, steps=self.steps, batch_size=self.batch_size, lr=self.lr, lr_min=self.lr_min)
+        require_positive(owner, dead_after=self.dead_after, log_every=self.log_every)
+        require_positive(owner, calibration_writes=self.calibration_writes, buffer_writes=self.buffer_writes)
+        require_positive(owner, passages_per_forward=self.passages_per_forward)
+        require_at_least_zero(owner, warmup_steps=self.warmup_steps, grad_clip=self.grad_clip, aux_k=self.aux_k)
+        require_at_least_zero(owner, aux_weight=self.aux_weight, resample_every=self.resample_every)
+        require_at_least_zero(owner, skip_positions=self.skip_positions, cache_bytes=self.cache_bytes)
+        if self.lr_min > self.lr:
+            raise ValueError(f"TrainConfig.lr_min must be at most lr={self.lr}, got {self.lr_min}")
+        if not 0 <= self.resample_until <= 1:
+            raise ValueError(f"TrainConfig.resample_until must lie in 0..1, got {self.resample_until!r}")
+        if self.buffer_writes < self.batch_size:
+            batch = self.batch_size
+            raise ValueError(f"TrainConfig.buffer_writes must hold a batch of {batch}, got {self.buffer_writes}")

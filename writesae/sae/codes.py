@@ -1,0 +1,36 @@
+"""A sparse code: which atoms are active and with what coefficient, in the units of the raw write."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """At most k active atoms per sample. An entry whose value is 0 is not active, whatever its index says."""
+
+    indices: Int[Tensor, "*batch k"]
+    """Atom numbers, in order of falling coefficient."""
+    values: Float[Tensor, "*batch k"]
+    """Coefficients a_i >= 0 in raw units: sum_i a_i A_i rebuilds the write, so a_i is the amplitude to substitute."""
+
+    @property
+    def active(self) -> Bool[Tensor, "*batch k"]:
+        """Which entries fire."""
+        return self.values > 0
+
+    @property
+    def l0(self) -> Int[Tensor, "*batch"]:
+        """Active atoms per sample."""
+        return self.active.sum(-1)
+
+    def dense(self, n_atoms: int) -> Float[Tensor, "*batch n_atoms"]:
+        """The same code with a place for every atom: [.., n_atoms], zero where an atom is not active."""
+        empty = torch.zeros(*self.values.shape[:-1], n_atoms, dtype=self.values.dtype, device=self.values.device)
+        return empty.scatter(-1, self.indices, self.values)
+
+    def detach(self) -> "Codes":
+        """The same code without its history of gradients."""
+        return Codes(self.indices, self.values.detach())

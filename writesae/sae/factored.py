@@ -1,0 +1,140 @@
+"""The three sums that keep a WriteSAE at the cost of its factors: nothing here is of size d_k x d_v or [batch, atoms,
+d].
+
+A sum of rank-1 terms M = sum_i c_i l_i r_i^T has the squared Frobenius norm
+
+    |M|^2 = sum_ij c_i c_j (l_i . l_j)(r_i . r_j) = c^T (L L^T * R R^T) c                       (1)
+
+A write is one term and its reconstruction k terms, so the squared error of a reconstruction is (1) with the
+coefficients (1, -a_1, ..., -a_k); multiplied out,
+
+    |X - sum_i a_i A_i|^2 = |k|^2 |v|^2 - 2 sum_i a_i (v_i . k)(w_i . v) + sum_ij a_i a_j (v_i . v_j)(w_i . w_j)
+
+Two Gram matrices of size (k+1)^2 replace the matrix, and the derivatives of (1) reuse them:
+
+    d|M|^2/dc = 2 G c      d|M|^2/dL = 2 (c c^T * R R^T) L      d|M|^2/dR = 2 (c c^T * L L^T) R      G = L L^T * R R^T
+
+Autograd would find the same with twice the products, because it cannot know that a Gram matrix is symmetric.
+
+The score of an atom is a product of two projections, z_i = (p_i . key)(r_i . value). All atoms are scored to find the
+active ones (two matrix products), but only active atoms get a gradient, so the backward is a sparse product over
+batch x k pairs.
+
+Precision: (1) is a small difference of large numbers. Its rounding error is some 1e-7 |X|^2 in float32: harmless beside
+the errors that training sees (a per cent of |X|^2 and more), visible when a reconstruction is nearly exact.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _SquaredNormOfSum(torch.autograd.Function):
+    """Equation (1) and its three derivatives."""
+
+    @staticmethod
+    def forward(ctx, coefficients, left, right):
+        left_gram = left @ left.transpose(1, 2)
+        right_gram = right @ right.transpose(1, 2)
+        # A batched matrix-vector product is slow on the CPU; the same as an elementwise product and a sum is not.
+        applied = (left_gram * right_gram * coefficients[:, None, :]).sum(-1)
+        ctx.save_for_backward(coefficients, left, right, left_gram, right_gram, applied)
+        return (coefficients * applied).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        coefficients, left, right, left_gram, right_gram, applied = ctx.saved_tensors
+        scaled = 2 * grad[:, None] * coefficients
+        pairs = scaled[:, :, None] * coefficients[:, None, :]
+        grad_left = (pairs * right_gram) @ left if ctx.needs_input_grad[1] else None
+        grad_right = (pairs * left_gram) @ right if ctx.needs_input_grad[2] else None
+        return 2 * grad[:, None] * applied, grad_left, grad_right
+
+
+def squared_norm_of_sum(
+    coefficients: Float[Tensor, "batch term"],
+    left: Float[Tensor, "batch term d_k"],
+    right: Float[Tensor, "batch term d_v"],
+) -> Float[Tensor, " batch"]:
+    """|sum_i c_i l_i r_i^T|^2 of every sample, by equation (1); differentiable once in all three arguments."""
+    return _SquaredNormOfSum.apply(coefficients, left, right)
+
+
+def inner_with_sum(
+    left: Float[Tensor, "batch term d_k"],
+    right: Float[Tensor, "batch term d_v"],
+    coefficients: Float[Tensor, "batch other"],
+    other_left: Float[Tensor, "batch other d_k"],
+    other_right: Float[Tensor, "batch other d_v"],
+) -> Float[Tensor, "batch term"]:
+    """Inner product of each l_i r_i^T with the matrix sum_j c_j l'_j r'_j^T, without that matrix."""
+    pairs = (left @ other_left.transpose(1, 2)) * (right @ other_right.transpose(1, 2))
+    return (pairs * coefficients[:, None, :]).sum(-1)
+
+
+def sum_outer_at(
+    weights: Float[Tensor, "batch term"],
+    samples: Int[Tensor, " pair"],
+    order: Int[Tensor, " pair"],
+    offsets: Int[Tensor, " row"],
+    vectors: Float[Tensor, "batch d"],
+) -> Float[Tensor, "row d"]:
+    """Row i: the sum of weights[b, j] vectors[b] over the pairs (b, j) that chose row i, given by `pairs_by_row`."""
+    sorted_weights = weights.reshape(-1).index_select(0, order)
+    return F.embedding_bag(samples, vectors, offsets, mode="sum", per_sample_weights=sorted_weights)
+
+
+def pairs_by_row(
+    indices: Int[Tensor, "batch term"], n_rows: int
+) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Int[Tensor, " row"]]:
+    """The pairs (sample, chosen row) sorted by row: each pair's sample, its old place, and where each row begins."""
+    flat = indices.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=n_rows)
+    return order // indices.shape[1], order, counts.cumsum(0) - counts
+
+
+class _BilinearAt(torch.autograd.Function):
+    """Products of two projections at chosen rows, with a backward over the chosen pairs only."""
+
+    @staticmethod
+    def forward(ctx, key_factors, value_factors, key, value, key_projections, value_projections, indices):
+        by_key, by_value = key_projections.gather(1, indices), value_projections.gather(1, indices)
+        ctx.save_for_backward(key_factors, value_factors, key, value, by_key, by_value, indices)
+        return by_key * by_value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        key_factors, value_factors, key, value, by_key, by_value, indices = ctx.saved_tensors
+        key_grad, value_grad = grad * by_value, grad * by_key
+        grads: list[Tensor | None] = [None, None, None, None]
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            pairs = pairs_by_row(indices, key_factors.shape[0])
+            grads[0] = sum_outer_at(key_grad, *pairs, key)
+            grads[1] = sum_outer_at(value_grad, *pairs, value)
+        if ctx.needs_input_grad[2]:
+            grads[2] = F.embedding_bag(indices, key_factors, mode="sum", per_sample_weights=key_grad)
+        if ctx.needs_input_grad[3]:
+            grads[3] = F.embedding_bag(indices, value_factors, mode="sum", per_sample_weights=value_grad)
+        return *grads, None, None, None
+
+
+def bilinear_at(
+    key_factors: Float[Tensor, "row d_k"],
+    value_factors: Float[Tensor, "row d_v"],
+    key: Float[Tensor, "batch d_k"],
+    value: Float[Tensor, "batch d_v"],
+    key_projections: Float[Tensor, "batch row"],
+    value_projections: Float[Tensor, "batch row"],
+    indices: Int[Tensor, "batch term"],
+) -> Float[Tensor, "batch term"]:
+    """(p_i . key)(r_i . value) at the chosen rows i; differentiable once in the first four arguments.
+
+    The projections key @ key_factors^T and value @ value_factors^T are handed in because choosing the rows has
+    already cost them.
+    """
+    return _BilinearAt.apply(key_factors, value_factors, key, value, key_projections, value_projections, indices)
