@@ -76,7 +76,9 @@ class GenerationMixin:
                     break
         output = tokens
         if as_text:
-            texts = self.to_string(tokens)
+            # the BOS that to_tokens put in front of a text was never part of it
+            added = not isinstance(input, Tensor) and self.tokenizer.bos_token_id is not None
+            texts = self.to_string(tokens[:, int(added) :])
             output = texts if isinstance(input, list) or tokens.shape[0] > 1 else texts[0]
         return (output, state) if return_state else output
 

@@ -89,3 +89,10 @@ def test_errors(model):
             call("ab")
     with pytest.raises(ValueError, match="this model has no tokenizer"):
         bare.to_string([0])
+
+
+def test_generated_text_leaves_out_the_token_that_began_it(model_with_bos):
+    text = model_with_bos.generate("ab", max_new_tokens=3)
+    assert text.startswith("ab")
+    tokens = model_with_bos.generate(model_with_bos.to_tokens("ab"), max_new_tokens=3)
+    assert text == model_with_bos.to_string(tokens[0, 1:])
