@@ -1,7 +1,7 @@
 """Open the matrix memory of recurrent language models: see every write into it, and change it."""
 
 from hooked_recurrent.cache import RecurrentCache
-from hooked_recurrent.config import AttentionConfig, GatedDeltaNetConfig, ModelConfig
+from hooked_recurrent.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, MixerConfig, ModelConfig
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import reads_only
@@ -15,6 +15,8 @@ __all__ = [
     "GatedDeltaNetConfig",
     "HookedRecurrentModel",
     "LayerState",
+    "Mamba2Config",
+    "MixerConfig",
     "ModelConfig",
     "RecurrentCache",
     "RecurrentState",

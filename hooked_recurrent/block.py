@@ -1,4 +1,7 @@
-"""One residual block: norm, mixer (recurrent or softmax), norm, MLP; the block does not know which rule it holds."""
+"""One residual block: norm, mixer (recurrent or softmax), norm, MLP; the block does not know which rule it holds.
+
+Where the model has no MLPs (Mamba-2), the block is its first half: no ln2, no mlp, no hook_resid_mid, no hook_mlp_out.
+"""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,15 +22,17 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         kind = cfg.layer_types[layer]
-        self.ln1, self.ln2 = RMSNorm(cfg.d_model, cfg.norm_eps), RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ln1 = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_offset)
+        self.ln2 = None if cfg.d_mlp is None else RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_offset)
         if kind == ATTENTION:
             assert cfg.attention is not None  # ModelConfig checked it
             self.attn = GatedAttention(cfg.attention, cfg.d_model)
         else:
             self.mixer = MIXERS[kind](cfg.mixer, cfg.d_model, layer)
-        self.mlp = SwiGLU(cfg.d_model, cfg.d_mlp)
+        self.mlp = None if cfg.d_mlp is None else SwiGLU(cfg.d_model, cfg.d_mlp)
         self.hook_resid_pre, self.hook_mixer_out = RecurrentHookPoint(), RecurrentHookPoint()
-        self.hook_resid_mid, self.hook_mlp_out = RecurrentHookPoint(), RecurrentHookPoint()
+        if self.mlp is not None:
+            self.hook_resid_mid, self.hook_mlp_out = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_resid_post = RecurrentHookPoint()
 
     @property
@@ -50,6 +55,8 @@ class Block(nn.Module):
             mixed, states = self.mixer(normalized, state, call)
         else:
             mixed, states = self.attn(normalized, state, call.clock.positions, call.stops)
-        resid = self.hook_resid_mid(resid + self.hook_mixer_out(mixed))
-        resid = self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(resid))))
-        return resid, states
+        resid = resid + self.hook_mixer_out(mixed)
+        if self.mlp is not None and self.ln2 is not None:
+            resid = self.hook_resid_mid(resid)
+            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(resid)))
+        return self.hook_resid_post(resid), states

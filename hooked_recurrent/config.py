@@ -4,6 +4,7 @@ A `ModelConfig` describes the residual stream and names the kind of every layer;
 describes its heads. Sizes that only follow from others are properties, so no two fields can disagree.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -38,8 +39,21 @@ def require_positive(owner: str, **values: int | float) -> None:
             raise ValueError(f"{owner}.{name} must be greater than 0, got {value!r}")
 
 
+class MixerConfig(StrictConfig):
+    """Base of every rule's config: what the rest of the model may ask of a mixer without knowing its rule."""
+
+    rule: ClassVar[str]
+    """Name of the rule; `ModelConfig.layer_types` spells it so."""
+    n_heads: int
+    """Value heads; the state, the writes and every role factor have this many heads."""
+    d_k: int
+    """Width of the side of the state that the query contracts."""
+    d_v: int
+    """Width of the side of the state that leaves through W_O."""
+
+
 @dataclass(frozen=True)
-class GatedDeltaNetConfig(StrictConfig):
+class GatedDeltaNetConfig(MixerConfig):
     """Heads of a Gated DeltaNet mixer (Yang et al. 2024, arXiv:2412.06464; as in Qwen3-Next and Qwen3.5)."""
 
     n_heads: int
@@ -62,6 +76,43 @@ class GatedDeltaNetConfig(StrictConfig):
         require_positive("GatedDeltaNetConfig", d_v=self.d_v, conv_size=self.conv_size, norm_eps=self.norm_eps)
         if self.n_heads % self.n_key_heads:
             raise ValueError(f"n_key_heads must divide n_heads, got {self.n_key_heads} and {self.n_heads}")
+
+
+@dataclass(frozen=True)
+class Mamba2Config(MixerConfig):
+    """Heads of a Mamba-2 mixer (Dao and Gu 2024, arXiv:2405.21060)."""
+
+    n_heads: int
+    """Heads of x; the state, the writes and every role factor have this many heads."""
+    n_groups: int
+    """Groups of heads that share B and C (and are normalised together); must divide n_heads."""
+    d_k: int
+    """Width of B and C, the paper's state size N: the side of the state that the query contracts."""
+    d_v: int
+    """Width of x per head, the paper's head dimension P: the side of the state that leaves through W_O."""
+    conv_size: int = 4
+    """Taps of the short causal convolution over x, B and C."""
+    conv_bias: bool = True
+    """Whether that convolution has a bias."""
+    bias: bool = False
+    """Whether the projections into and out of the mixer have biases."""
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    """The step size dt is clamped to this range."""
+    norm_eps: float = 1e-5
+    """Epsilon of the gated RMSNorm before W_O."""
+    norm_before_gate: bool = False
+    """Whether that norm comes before the gate; in every released Mamba-2 model it comes after."""
+
+    rule: ClassVar[str] = "mamba2"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dt_limit", tuple(self.dt_limit))
+        require_positive("Mamba2Config", n_heads=self.n_heads, n_groups=self.n_groups, d_k=self.d_k, d_v=self.d_v)
+        require_positive("Mamba2Config", conv_size=self.conv_size, norm_eps=self.norm_eps)
+        if self.n_heads % self.n_groups:
+            raise ValueError(f"n_groups must divide n_heads, got {self.n_groups} and {self.n_heads}")
+        if len(self.dt_limit) != 2 or not 0 <= self.dt_limit[0] < self.dt_limit[1]:
+            raise ValueError(f"dt_limit must be (low, high) with 0 <= low < high, got {self.dt_limit}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +144,10 @@ class AttentionConfig(StrictConfig):
 
 
 # Every recurrent rule's config class by rule name; a new rule adds its line here.
-MIXER_CONFIGS: dict[str, type[GatedDeltaNetConfig]] = {GatedDeltaNetConfig.rule: GatedDeltaNetConfig}
+MIXER_CONFIGS: dict[str, type[MixerConfig]] = {
+    GatedDeltaNetConfig.rule: GatedDeltaNetConfig,
+    Mamba2Config.rule: Mamba2Config,
+}
 
 
 @dataclass(frozen=True)
@@ -104,16 +158,20 @@ class ModelConfig(StrictConfig):
     """Width of the residual stream."""
     d_vocab: int
     """Rows of the embedding and columns of the unembedding."""
-    d_mlp: int
-    """Hidden width of the SwiGLU MLP of every block."""
+    d_mlp: int | None
+    """Hidden width of the SwiGLU MLP of every block; None where blocks are a mixer alone."""
     layer_types: tuple[str, ...]
     """Per layer, the rule of its mixer (such as "gated_delta_net") or "attention"."""
-    mixer: GatedDeltaNetConfig
+    mixer: MixerConfig
     """Heads of the recurrent layers."""
     attention: AttentionConfig | None = None
     """Heads of the softmax layers; required exactly when layer_types names "attention"."""
     norm_eps: float = 1e-6
     """Epsilon of the RMSNorms on the residual stream."""
+    norm_offset: float = 1.0
+    """What those norms add to their stored weight: 1 for zero-centred weights (Qwen), 0 for plain ones."""
+    residual_in_fp32: bool = False
+    """Whether the residual stream stays in float32 when the weights are narrower."""
     tied_embeddings: bool = True
     """Whether the unembedding is the transposed embedding."""
     n_ctx: int = 32768
@@ -123,8 +181,8 @@ class ModelConfig(StrictConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
-        require_positive("ModelConfig", d_model=self.d_model, d_vocab=self.d_vocab, d_mlp=self.d_mlp)
-        require_positive("ModelConfig", norm_eps=self.norm_eps, n_layers=self.n_layers)
+        require_positive("ModelConfig", d_model=self.d_model, d_vocab=self.d_vocab, n_layers=self.n_layers)
+        require_positive("ModelConfig", norm_eps=self.norm_eps, d_mlp=1 if self.d_mlp is None else self.d_mlp)
         known = (self.mixer.rule, ATTENTION)
         for layer, kind in enumerate(self.layer_types):
             if kind not in known:

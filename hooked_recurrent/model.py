@@ -24,6 +24,7 @@ from hooked_recurrent.cache import RecurrentCache, cache_filter, join_pieces, sa
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
 from hooked_recurrent.layers.norm import RMSNorm
@@ -45,7 +46,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = RecurrentHookPoint()
         self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
-        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_offset)
         self.unembed = None if cfg.tied_embeddings else nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.clock = Clock()
         for module in self.modules():
@@ -192,6 +193,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         call = Call(self.clock, edits, stops, backend)
         self.last_call = call
         resid = self.hook_embed(self.embed(tokens))
+        if self.cfg.residual_in_fp32:
+            resid = resid.to(state_dtype(resid.dtype))
         per_layer = []
         for block, layer_state in zip(self.blocks, state.layers, strict=True):
             resid, layer_states = block(resid, layer_state, call)

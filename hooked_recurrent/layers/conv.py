@@ -1,4 +1,4 @@
-"""The short causal convolution in front of q, k and v, which continues from the last inputs of an earlier call."""
+"""The short causal convolution in front of a mixer's q, k and v, which continues from the last inputs of an earlier call."""
 
 import torch
 from jaxtyping import Float
@@ -6,11 +6,15 @@ from torch import Tensor, nn
 
 
 class ShortConv(nn.Module):
-    """Depthwise causal convolution of a few taps, then SiLU. weight [channel, tap]; the last tap sees the present."""
+    """Depthwise causal convolution of a few taps, then SiLU.
 
-    def __init__(self, channels: int, taps: int):
+    weight [channel, tap], where the last tap sees the present; bias [channel] or None.
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         nn.init.uniform_(self.weight, -(taps**-0.5), taps**-0.5)
 
     @property
@@ -24,7 +28,7 @@ class ShortConv(nn.Module):
         """Convolve; `tail` holds the taps - 1 inputs before x (zeros at the start of a text).
 
         Returns:
-            silu(conv(x)), and the inputs with the tail in front: the tail after n positions is padded[:, n : n + taps - 1].
+            silu(conv(x)), and the inputs with the tail in front, for `tails`.
         """
         past = self.taps - 1
         if tail is None:
@@ -33,6 +37,14 @@ class ShortConv(nn.Module):
         length = x.shape[1]
         # A sum of shifted copies: on the CPU it is faster than a grouped conv1d and needs no transposed copy.
         out = padded[:, :length] * self.weight[:, 0]
+        if self.bias is not None:
+            out = out + self.bias
         for tap in range(1, self.taps):
             out = torch.addcmul(out, padded[:, tap : tap + length], self.weight[:, tap])
         return nn.functional.silu(out), padded
+
+    def tails(
+        self, padded: Float[Tensor, "batch padded channel"], stops: tuple[int, ...]
+    ) -> list[Float[Tensor, "batch past channel"]]:
+        """What a later call needs as its `tail`, after each of these numbers of positions."""
+        return [padded[:, stop : stop + self.taps - 1].clone() for stop in stops]

@@ -23,25 +23,32 @@ class RMSNorm(nn.Module):
         self.hook_scale, self.hook_normalized = RecurrentHookPoint(), RecurrentHookPoint()
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """Normalise the last axis; the result has x's dtype."""
+        """Normalise the last axis; the result has the weight's dtype, whatever the residual stream is kept in."""
         wide = x.to(state_dtype(x.dtype))
         scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized((wide / scale * (self.offset + self.weight.to(wide.dtype))).to(x.dtype))
+        return self.hook_normalized((wide / scale * (self.offset + self.weight.to(wide.dtype))).to(self.weight.dtype))
 
 
 class GatedRMSNorm(nn.Module):
-    """weight * x / rms(x) * silu(gate), per head, in float32 or wider (Gated DeltaNet, Mamba-2)."""
+    """weight * x / rms(x) * silu(gate), or weight * y / rms(y) with y = x * silu(gate), in float32 or wider.
 
-    def __init__(self, width: int, eps: float):
+    Gated DeltaNet normalises every head by itself and then gates; Mamba-2 gates first and normalises each group of heads.
+    """
+
+    def __init__(self, width: int, eps: float, *, groups: int = 1, gate_first: bool = False):
+        """`groups` equal parts of the last axis, which is `width` wide, each have their own rms."""
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups, self.gate_first = eps, groups, gate_first
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*batch d"], gate: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        """Normalise x over its last axis and gate it; the result has the gate's dtype."""
+        """Normalise x over the groups of its last axis and gate it; the result has the gate's dtype."""
         wide = x.to(state_dtype(x.dtype))
-        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.to(wide.dtype) * normalized * nn.functional.silu(gate.to(wide.dtype))).to(gate.dtype)
+        open_gate = nn.functional.silu(gate.to(wide.dtype))
+        parts = (wide * open_gate if self.gate_first else wide).unflatten(-1, (self.groups, -1))
+        normalized = (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        scaled = self.weight.to(wide.dtype) * normalized
+        return (scaled if self.gate_first else scaled * open_gate).to(gate.dtype)
 
 
 def l2_normalize(x: Float[Tensor, "*batch d"], eps: float = 1e-6) -> Float[Tensor, "*batch d"]:

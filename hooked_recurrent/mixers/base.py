@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_recurrent.config import MixerConfig
 from hooked_recurrent.edits import WriteEdit, apply_edits
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
@@ -56,10 +57,13 @@ class RecurrentMixer(nn.Module, ABC):
     """Base of every rule's mixer. `erases` says whether hook_erase and hook_probe exist."""
 
     erases: bool = True
+    cfg: MixerConfig
+    out: nn.Linear
+    """The output projection over all heads; a rule makes it."""
 
-    def __init__(self, layer: int):
+    def __init__(self, cfg: MixerConfig, layer: int):
         super().__init__()
-        self.layer = layer
+        self.cfg, self.layer = cfg, layer
         self.hook_log_decay, self.hook_query = RecurrentHookPoint(), RecurrentHookPoint()
         if self.erases:
             self.hook_erase, self.hook_probe = RecurrentHookPoint(), RecurrentHookPoint()
@@ -78,13 +82,9 @@ class RecurrentMixer(nn.Module, ABC):
         """The read to z, just before W_O."""
 
     @property
-    @abstractmethod
     def W_O(self) -> Float[Tensor, "head d_v d_model"]:
         """The output projection per head."""
-
-    @abstractmethod
-    def project_out(self, z: Float[Tensor, "batch pos head d_v"]) -> Float[Tensor, "batch pos d_model"]:
-        """z to the residual stream: sum over heads of z W_O."""
+        return self.out.weight.T.unflatten(0, (self.cfg.n_heads, self.cfg.d_v))
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
@@ -95,7 +95,7 @@ class RecurrentMixer(nn.Module, ABC):
         read, matrices = self._scan(factors, writes, state.matrix, call)
         z = self.hook_z(self.read_out(self.hook_read(read), beside))
         states = [replace(tails, matrix=matrix) for tails, matrix in zip(around, matrices, strict=True)]
-        return self.project_out(z), states
+        return self.out(z.flatten(2)), states
 
     def _hook_factors(self, native: Factors, call: Call) -> tuple[Factors, Tensor | None]:
         """Edit and hook the six roles; also the write matrices, if a function may have changed them."""

@@ -8,8 +8,6 @@ q, k, v come out of a short causal convolution; q and k are L2-normalised per he
 After the read: gated RMSNorm per head, then W_O.
 """
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,11 +17,9 @@ from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConv
 from hooked_recurrent.layers.norm import GatedRMSNorm, l2_normalize
+from hooked_recurrent.layers.step_size import initial_step_bias
 from hooked_recurrent.mixers.base import RecurrentMixer
 from hooked_recurrent.state import LayerState
-
-# Step sizes at initialisation, log-uniform: decays then span the time scales of Mamba-2 and of the Gated DeltaNet paper.
-DT_RANGE = (0.001, 0.1)
 
 
 class GatedDeltaNet(RecurrentMixer):
@@ -37,8 +33,7 @@ class GatedDeltaNet(RecurrentMixer):
     """
 
     def __init__(self, cfg: GatedDeltaNetConfig, d_model: int, layer: int):
-        super().__init__(layer)
-        self.cfg = cfg
+        super().__init__(cfg, layer)
         self.key_width, value_width = cfg.n_key_heads * cfg.d_k, cfg.n_heads * cfg.d_v
         self.qkv = nn.Linear(d_model, 2 * self.key_width + value_width, bias=False)
         self.gate = nn.Linear(d_model, value_width, bias=False)
@@ -47,16 +42,10 @@ class GatedDeltaNet(RecurrentMixer):
         self.conv = ShortConv(2 * self.key_width + value_width, cfg.conv_size)
         self.norm = GatedRMSNorm(cfg.d_v, cfg.norm_eps)
         self.out = nn.Linear(value_width, d_model, bias=False)
-        dt = torch.exp(torch.empty(cfg.n_heads).uniform_(*(math.log(bound) for bound in DT_RANGE)))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+        self.dt_bias = nn.Parameter(initial_step_bias(cfg.n_heads))
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1.0, 16.0).log())
         self.hook_q, self.hook_k = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_v, self.hook_beta = RecurrentHookPoint(), RecurrentHookPoint()
-
-    @property
-    def W_O(self) -> Float[Tensor, "head d_v d_model"]:
-        """The output projection per head."""
-        return self.out.weight.T.unflatten(0, (self.cfg.n_heads, self.cfg.d_v))
 
     def project(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, stops: tuple[int, ...]
@@ -79,7 +68,7 @@ class GatedDeltaNet(RecurrentMixer):
             query=l2_normalize(query) * cfg.d_k**-0.5,
             erase_strength=-log_decay.exp() * beta,
         )
-        tails = [LayerState(conv_tail=padded[:, stop : stop + cfg.conv_size - 1].clone()) for stop in stops]
+        tails = [LayerState(conv_tail=tail) for tail in self.conv.tails(padded, stops)]
         return factors, self._heads(self.gate(x), cfg.d_v), tails
 
     def read_out(
@@ -87,10 +76,6 @@ class GatedDeltaNet(RecurrentMixer):
     ) -> Float[Tensor, "batch pos head d_v"]:
         """Gated RMSNorm per head; `beside` is the gate before its SiLU."""
         return self.norm(read, beside)
-
-    def project_out(self, z: Float[Tensor, "batch pos head d_v"]) -> Float[Tensor, "batch pos d_model"]:
-        """W_O over all heads at once."""
-        return self.out(z.flatten(2))
 
     @staticmethod
     def _heads(x: Tensor, width: int) -> Tensor:
