@@ -34,14 +34,18 @@ def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | Non
 
 
 def saving_hooks(
-    names: list[str], pieces: dict[str, list[Tensor]], device: Any, incl_bwd: bool
+    names: list[str], pieces: dict[str, list[Tensor]], device: Any, incl_bwd: bool, depth: int
 ) -> tuple[list[tuple[str, Callable]], list[tuple[str, Callable]]]:
-    """Hooks that append what they see to `pieces[name]`; a stepped hook_state comes in one piece per token."""
+    """Hooks that append what they see to `pieces[name]`; a stepped hook_state comes in one piece per token.
+
+    `depth` is the clock's depth in the call to be kept: calls that a hook function makes inside it are not.
+    """
 
     @reads_only
     def save(tensor: Tensor, hook: RecurrentHookPoint, suffix: str = "") -> None:
-        kept = tensor.detach()
-        pieces.setdefault(f"{hook.name}{suffix}", []).append(kept if device is None else kept.to(device))
+        if suffix or hook.clock is None or hook.clock.depth == depth:
+            kept = tensor.detach()
+            pieces.setdefault(f"{hook.name}{suffix}", []).append(kept if device is None else kept.to(device))
 
     forward: list[tuple[str, Callable]] = [(name, save) for name in names]
     backward: list[tuple[str, Callable]] = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []

@@ -6,7 +6,8 @@ in a prefill, a continuation and a generated token. And a function marked by `re
 caching never pushes the model off its fast path.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,19 @@ class Clock:
 
     def __init__(self) -> None:
         self.positions: Int[Tensor, "pos"] = torch.zeros(0, dtype=torch.long)
+        self.depth = 0  # how many calls run right now, one inside a hook of another
 
-    def set(self, start: int, length: int) -> None:
-        """Start a call over positions start .. start + length - 1."""
-        self.positions = torch.arange(start, start + length)
+    @contextmanager
+    def running(self, start: int, length: int) -> Iterator[None]:
+        """A call over positions start .. start + length - 1; if it runs inside another's hook, that one goes on as it was."""
+        outer, self.positions = self.positions, torch.arange(start, start + length)
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth:
+                self.positions = outer
 
 
 def reads_only(function: Callable) -> Callable:

@@ -189,18 +189,18 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         check_state(state, self.cfg, tokens.shape[0])
         for edit in edits:
             edit.check(self.cfg, tokens.shape[1] if whole_text else None)
-        self.clock.set(state.position, tokens.shape[1])
         call = Call(self.clock, edits, stops, backend)
-        self.last_call = call
-        resid = self.hook_embed(self.embed(tokens))
-        if self.cfg.residual_in_fp32:
-            resid = resid.to(state_dtype(resid.dtype))
-        per_layer = []
-        for block, layer_state in zip(self.blocks, state.layers, strict=True):
-            resid, layer_states = block(resid, layer_state, call)
-            per_layer.append(layer_states)
-        logits = nn.functional.linear(self.ln_final(resid), self.W_U.T)
+        with self.clock.running(state.position, tokens.shape[1]):
+            resid = self.hook_embed(self.embed(tokens))
+            if self.cfg.residual_in_fp32:
+                resid = resid.to(state_dtype(resid.dtype))
+            per_layer = []
+            for block, layer_state in zip(self.blocks, state.layers, strict=True):
+                resid, layer_states = block(resid, layer_state, call)
+                per_layer.append(layer_states)
+            logits = nn.functional.linear(self.ln_final(resid), self.W_U.T)
         check_finite(self, logits, tokens, state, edits)
+        self.last_call = call
         ends = [state.position + stop for stop in stops]
         states = [RecurrentState(layers, end) for layers, end in zip(zip(*per_layer, strict=True), ends, strict=True)]
         return logits, states
@@ -230,7 +230,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         if not return_cache_object and remove_batch_dim:
             raise ValueError("remove_batch_dim needs return_cache_object=True")
         pieces: dict[str, list[Tensor]] = {}
-        forward, backward = saving_hooks(chosen, pieces, device, incl_bwd)
+        forward, backward = saving_hooks(chosen, pieces, device, incl_bwd, self.clock.depth + 1)
         with self.hooks(fwd_hooks=forward, bwd_hooks=backward):
             output = self(*model_args, **model_kwargs)
             if incl_bwd:

@@ -83,7 +83,7 @@ def train(
     model: Model = "tiny-gated-deltanet",
     hook: Annotated[str, typer.Option(help="Which writes: a hook name.")] = "blocks.1.mixer.hook_write",
     head: Annotated[int, typer.Option(help="Which head of that layer.")] = 0,
-    atoms: Annotated[int, typer.Option(help="Atoms in the dictionary.")] = 512,
+    atoms: Annotated[int, typer.Option(help="Atoms in the dictionary.")] = 1024,
     k: Annotated[int, typer.Option(help="Atoms that may be active at once.")] = 8,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
     batch_size: Annotated[int, typer.Option(help="Writes per step.")] = 256,

@@ -51,7 +51,7 @@ class DemoConfig(StrictConfig):
     """Passages of held-out files that the test may use."""
     survey_passages: int = 8
     """Passages of training files for the survey of the cells."""
-    n_atoms: int = 512
+    n_atoms: int = 1024
     """Atoms of the dictionary."""
     k: int = 8
     """Atoms that may be active at once."""

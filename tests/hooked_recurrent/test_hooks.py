@@ -13,7 +13,7 @@ from tests.hooked_recurrent.models import HYBRID, tiny_model, tokens_of
 def point_with(*functions, dir="fwd"):
     point = RecurrentHookPoint()
     point.clock = Clock()
-    point.clock.set(3, 2)
+    point.clock.positions = torch.tensor([3, 4])
     for function in functions:
         point.add_hook(function, dir=dir)
     return point

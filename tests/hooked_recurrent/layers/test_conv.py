@@ -1,0 +1,54 @@
+"""The short convolution against torch's grouped Conv1d, whole and in pieces."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hooked_recurrent.layers.conv import ShortConv
+from tests.hooked_recurrent.models import distance
+
+
+def reference(conv, x):
+    """silu of a depthwise Conv1d padded on the left, in [batch, channel, pos]."""
+    channels, taps = conv.weight.shape
+    theirs = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps - 1, bias=False, dtype=x.dtype)
+    theirs.weight.data = conv.weight.data[:, None]
+    return nn.functional.silu(theirs(x.mT)[..., : x.shape[1]]).mT
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 7])
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_equals_conv1d(taps, length):
+    conv = ShortConv(6, taps).double()
+    assert conv.taps == taps
+    x = torch.randn(2, length, 6, dtype=torch.float64)
+    out, padded = conv(x, None)
+    assert distance(out, reference(conv, x)) <= 1e-12
+    assert padded.shape == (2, length + taps - 1, 6) and torch.equal(padded[:, taps - 1 :], x)
+
+
+@given(st.integers(1, 5), st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_pieces_go_on_from_their_tails(taps, sizes):
+    conv = ShortConv(3, taps).double()
+    x = torch.randn(2, sum(sizes), 3, dtype=torch.float64)
+    pieces, tail = [], None
+    for piece in x.split(sizes, dim=1):
+        out, padded = conv(piece, tail)
+        tail = padded[:, piece.shape[1] : piece.shape[1] + taps - 1]
+        pieces.append(out)
+    assert distance(torch.cat(pieces, dim=1), reference(conv, x)) <= 1e-12
+
+
+def test_starts_as_conv1d_does():
+    """Uniform between -1/sqrt(taps) and +1/sqrt(taps), torch's own start for a depthwise convolution."""
+    weight = ShortConv(2000, 4).weight
+    assert weight.abs().max() <= 0.5 and abs(weight.std().item() - 0.5 / 3**0.5) < 0.01
+
+
+def test_gradients():
+    conv = ShortConv(2, 3).double()
+    x = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
+    tail = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, tail, weight: conv(x, tail)[0], (x, tail, conv.weight))
