@@ -5,17 +5,19 @@ with a way there and a way back. `fill` and `export` do the rest, so a family fi
 """
 
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """A named collection of tensors that are read only when taken."""
 
@@ -86,6 +88,43 @@ class FolderCheckpoint:
             return self.opened[file].get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{file} holds no tensor {name!r}, though its index says so ({error})") from None
+
+
+class TorchCheckpoint:
+    """A file that torch.save wrote (`pytorch_model.bin`, `.pth`): tensors by name, and nothing else.
+
+    Such a file is a pickle, which may name any function to call; `weights_only` reads tensors and calls nothing. Tensors
+    are mapped from the file and copied when taken, so the peak of memory stays about one copy of the model.
+    """
+
+    def __init__(self, file: Path):
+        self.origin = str(file)
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except Exception as error:  # a hostile or damaged file may make the reader raise anything
+            reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), type(error).__name__)
+            raise ValueError(
+                f"{file} was refused, and nothing in it was run: it is damaged or holds more than tensors ({reason})"
+            ) from None
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{file} holds no tensors by name, as a saved state dict does")
+        self.tensors: dict[str, Tensor] = tensors
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self.tensors)
+
+    def take(self, name: str) -> Tensor:
+        """One tensor, copied out of the mapped file."""
+        return self.tensors[name].clone()
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The weights of a local folder: safetensors where there are any, else `pytorch_model.bin`."""
+    pickled = folder / "pytorch_model.bin"
+    if pickled.is_file() and not any(folder.glob("model.safetensors*")):
+        return TorchCheckpoint(pickled)
+    return FolderCheckpoint(folder)
 
 
 @dataclass(frozen=True)

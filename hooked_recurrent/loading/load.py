@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hooked_recurrent.config import ModelConfig
-from hooked_recurrent.loading import qwen
-from hooked_recurrent.loading.checkpoint import Checkpoint, FolderCheckpoint, MemoryCheckpoint, export, fill
+from hooked_recurrent.loading import mamba2, qwen
+from hooked_recurrent.loading.checkpoint import Checkpoint, MemoryCheckpoint, export, fill, open_folder
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models
 
-FAMILIES = {model_type: qwen for model_type in qwen.MODEL_TYPES}
+# A family is a module of one checkpoint layout: MODEL_TYPES it reads, and the RULE that it saves and SAVED_AS what.
+FAMILIES = {model_type: family for family in (qwen, mamba2) for model_type in family.MODEL_TYPES}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -32,15 +33,9 @@ def load_pretrained(
         ValueError: for an unknown name or family, and a checkpoint that does not fit its config.
         FileNotFoundError: for a folder without config or weights.
     """
-    from transformers import AutoConfig
-
     folder = _find_folder(name)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so it is no model folder in transformers' layout")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    _family(model_type)
-    hf_config = AutoConfig.from_pretrained(folder)
-    return _build(hf_config, FolderCheckpoint(folder), str(name), _load_tokenizer(folder), dtype, device)
+    model_type, cfg = _read_config(folder, str(name))
+    return _build(model_type, cfg, open_folder(folder), _load_tokenizer(folder), dtype, device)
 
 
 def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentModel:
@@ -48,19 +43,20 @@ def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentM
     config: Any = getattr(hf_model, "config", None)
     if config is None:
         raise TypeError(f"expected a transformers model, got {type(hf_model).__name__}")
-    _family(config.model_type)
-    name = config.name_or_path or type(hf_model).__name__
+    cfg = _family(config.model_type).config_from_hf(config, config.name_or_path or type(hf_model).__name__)
     weight = next(hf_model.parameters())
     checkpoint = MemoryCheckpoint(hf_model.state_dict(), type(hf_model).__name__)
-    return _build(config, checkpoint, name, tokenizer, weight.dtype, weight.device)
+    return _build(config.model_type, cfg, checkpoint, tokenizer, weight.dtype, weight.device)
 
 
 def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
     """Write the model in transformers' layout, each file atomically; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    family = FAMILIES["qwen3_5_text"]
-    tensors = export(model, family.entries(model.cfg, [], "qwen3_5_text"))
+    family = next((family for family in FAMILIES.values() if model.cfg.mixer.rule == family.RULE), None)
+    if family is None:
+        raise ValueError(f"transformers has no layout for models of rule {model.cfg.mixer.rule!r}, so it cannot be saved")
     config = family.config_to_hf(model.cfg) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    tensors = export(model, family.entries(model.cfg, [], family.SAVED_AS))
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         save_file(tensors, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
         (Path(temporary) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -71,21 +67,33 @@ def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
     return folder
 
 
+def _read_config(folder: Path, name: str) -> tuple[str, ModelConfig]:
+    """The model type of a folder, which names its family, and our config."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is no model folder in transformers' layout")
+    raw = json.loads((folder / "config.json").read_text())
+    if mamba2.is_original(raw):
+        return mamba2.SAVED_AS, mamba2.config_from_original(raw, name)
+    family = _family(raw.get("model_type"))
+    from transformers import AutoConfig
+
+    return raw["model_type"], family.config_from_hf(AutoConfig.from_pretrained(folder), name)
+
+
 def _build(
-    hf_config: Any,
+    model_type: str,
+    cfg: ModelConfig,
     checkpoint: Checkpoint,
-    name: str,
     tokenizer: Any,
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> HookedRecurrentModel:
-    family = _family(hf_config.model_type)
-    cfg: ModelConfig = family.config_from_hf(hf_config, name)
+    family = _family(model_type)
     with torch.device("meta"):
         model = HookedRecurrentModel(cfg, tokenizer)
     names = checkpoint.names()
     tied_copy = "lm_head.weight" if cfg.tied_embeddings else None
-    entries = family.entries(cfg, names, hf_config.model_type)
+    entries = family.entries(cfg, names, model_type)
     fill(
         model,
         entries,
@@ -124,7 +132,10 @@ def _find_folder(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(name), allow_patterns=[*HUB_FILES, "pytorch_model.bin"]))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"could not fetch {str(name)!r} from the hub: {error}") from error
 

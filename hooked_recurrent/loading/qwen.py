@@ -14,8 +14,10 @@ from torch import Tensor
 from hooked_recurrent.config import ATTENTION, AttentionConfig, GatedDeltaNetConfig, ModelConfig
 from hooked_recurrent.loading.checkpoint import Entry
 
-MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_next")
-LAYER_KINDS = {"linear_attention": GatedDeltaNetConfig.rule, "full_attention": ATTENTION}
+SAVED_AS = "qwen3_5_text"
+RULE = GatedDeltaNetConfig.rule
+MODEL_TYPES = ("qwen3_5", SAVED_AS, "qwen3_next")
+LAYER_KINDS = {"linear_attention": RULE, "full_attention": ATTENTION}
 
 
 def config_from_hf(hf: Any, name: str) -> ModelConfig:
@@ -74,13 +76,15 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a `qwen3_5_text` checkpoint that transformers and this package load."""
     kinds = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
     mixer = cfg.mixer
+    if cfg.d_mlp is None or cfg.norm_offset != 1.0 or cfg.residual_in_fp32:
+        raise ValueError("the qwen3_5_text layout has an MLP in every block, zero-centred norms, one dtype; this model differs")
     # A stack without softmax layers still has to say what they would be.
     attention = cfg.attention or AttentionConfig(mixer.n_heads, mixer.n_heads, 64, 16)
     if cfg.norm_eps != mixer.norm_eps or (cfg.attention and cfg.norm_eps != attention.norm_eps):
         raise ValueError("the qwen3_5_text layout has one epsilon for every norm; this model has several")
     return {
         "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
+        "model_type": SAVED_AS,
         "vocab_size": cfg.d_vocab,
         "hidden_size": cfg.d_model,
         "intermediate_size": cfg.d_mlp,
