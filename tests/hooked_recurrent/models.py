@@ -1,24 +1,58 @@
-"""Tiny random models and random inputs that the tests share; all of it is drawn from seeds."""
+"""Tiny random models and random inputs that the tests share; all of it is drawn from seeds.
 
+`RULES` is the one list of rules: whatever must hold for every rule is tested over it (a test of the registry sees to it that
+none is left out). `STACKS` are the models made of them, and one hybrid with softmax layers.
+"""
+
+import pytest
 import torch
 
-from hooked_recurrent import AttentionConfig, Factors, GatedDeltaNetConfig, HookedRecurrentModel, ModelConfig
+from hooked_recurrent import (
+    AttentionConfig,
+    Factors,
+    GatedDeltaNetConfig,
+    HookedRecurrentModel,
+    Mamba2Config,
+    ModelConfig,
+)
 
-LINEAR, SOFTMAX = "gated_delta_net", "attention"
-ALL_LINEAR = (LINEAR, LINEAR)
-HYBRID = (LINEAR, SOFTMAX, LINEAR)
+
+def gated_delta_net(n_heads, n_key_heads, d_k, d_v, conv_size):
+    return {
+        "mixer": GatedDeltaNetConfig(n_heads=n_heads, n_key_heads=n_key_heads, d_k=d_k, d_v=d_v, conv_size=conv_size),
+        "d_mlp": 16,
+    }
+
+
+def mamba2(n_heads, n_key_heads, d_k, d_v, conv_size):
+    sizes = {"n_heads": n_heads, "n_groups": n_key_heads, "d_k": d_k, "d_v": d_v, "conv_size": conv_size}
+    return {
+        "mixer": Mamba2Config(**sizes, bias=True, dt_limit=(0.002, 1.0)),
+        "d_mlp": None,
+        "norm_offset": 0.0,
+        "residual_in_fp32": True,
+    }
+
+
+# Per rule, the fields of its tiny ModelConfig from five sizes.
+RULES = {"gated_delta_net": gated_delta_net, "mamba2": mamba2}
+SOFTMAX = "attention"
+ALL_LINEAR = ("gated_delta_net",) * 2
+HYBRID = ("gated_delta_net", SOFTMAX, "gated_delta_net")
+STACKS = {**{rule: (rule, rule) for rule in RULES}, "hybrid": HYBRID}
+over_stacks = pytest.mark.parametrize("layer_types", STACKS.values(), ids=STACKS)
 
 
 def tiny_config(layer_types=ALL_LINEAR, *, n_heads=4, n_key_heads=2, d_k=3, d_v=5, conv_size=4, tied=True):
     attention = AttentionConfig(n_heads=4, n_key_value_heads=2, d_head=6, rotary_dims=4)
+    rule = next(kind for kind in layer_types if kind != SOFTMAX)
     return ModelConfig(
         d_model=12,
         d_vocab=29,
-        d_mlp=16,
         layer_types=layer_types,
-        mixer=GatedDeltaNetConfig(n_heads=n_heads, n_key_heads=n_key_heads, d_k=d_k, d_v=d_v, conv_size=conv_size),
         attention=attention if SOFTMAX in layer_types else None,
         tied_embeddings=tied,
+        **RULES[rule](n_heads, n_key_heads, d_k, d_v, conv_size),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_recurrent import WriteEdit, reads_only
-from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, tiny_model, tokens_of
+from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, RULES, distance, over_stacks, tiny_model, tokens_of
 
 EXACT = 1e-12
 MATRICES = ("hook_write", "hook_state")
@@ -15,6 +15,12 @@ MATRICES = ("hook_write", "hook_state")
 @lru_cache
 def model_of(layer_types=ALL_LINEAR):
     return tiny_model(layer_types, seed=1).requires_grad_(False)
+
+
+@pytest.fixture(params=RULES)
+def model(request):
+    """A model of every rule."""
+    return model_of((request.param, request.param))
 
 
 def matrices(model, tokens, **options):
@@ -41,8 +47,10 @@ def added_write(layer, position, seed=0):
 @pytest.mark.parametrize("head, pos", INDICES, ids=str)
 @pytest.mark.parametrize("start", ["fresh", "from a state"])
 @pytest.mark.parametrize("edited", [False, True], ids=["native", "edited"])
-def test_write_and_state_equal_the_cached_matrices(head, pos, start, edited):
-    model = model_of(HYBRID)
+@over_stacks
+def test_write_and_state_equal_the_cached_matrices(layer_types, head, pos, start, edited):
+    model = model_of(layer_types)
+    last = model.cfg.recurrent_layers[-1]
     tokens = tokens_of(model, length=18)
     options = {}
     if start == "from a state":
@@ -50,7 +58,7 @@ def test_write_and_state_equal_the_cached_matrices(head, pos, start, edited):
         tokens = tokens[:, 6:]
     if edited:
         delete = WriteEdit(0, 1, slice(3, 8), "delete", form="net")
-        options["edits"] = [added_write(0, 9), added_write(2, slice(5, 9), 1), added_write(0, slice(2, None), 2), delete]
+        options["edits"] = [added_write(0, 9), added_write(last, slice(5, 9), 1), added_write(0, slice(2, None), 2), delete]
     cached = matrices(model, tokens, **options)
     _, cache = model.run_with_cache(tokens, **options)
     for layer in model.cfg.recurrent_layers:
@@ -65,22 +73,21 @@ def test_write_and_state_equal_the_cached_matrices(head, pos, start, edited):
         assert distance(state, expected) <= EXACT
 
 
-def test_the_last_state_is_the_final_state():
-    model = model_of()
+def test_the_last_state_is_the_final_state(model):
     tokens = tokens_of(model)
     (_, state), cache = model.run_with_cache(tokens, return_state=True)
     for layer in model.cfg.recurrent_layers:
         assert distance(cache.state(layer, slice(None), -1), state.layers[layer].matrix) <= EXACT
 
 
-def test_states_follow_functions_on_the_factor_hooks():
-    model = model_of()
+def test_states_follow_functions_on_the_factor_hooks(model):
     tokens = tokens_of(model)
 
     def halve(tensor, hook):
         return 0.5 * tensor
 
-    hooks = [(f"blocks.0.mixer.{name}", halve) for name in ("hook_probe", "hook_write_value", "hook_log_decay")]
+    names = ["hook_write_value", "hook_log_decay", *(["hook_probe"] if model.blocks[0].mixer.erases else [])]
+    hooks = [(f"blocks.0.mixer.{name}", halve) for name in names]
     with model.hooks(fwd_hooks=hooks):
         cached = matrices(model, tokens)
         _, cache = model.run_with_cache(tokens)
@@ -88,9 +95,8 @@ def test_states_follow_functions_on_the_factor_hooks():
     assert distance(cache.write(0, slice(None), slice(None)).AB, cached["hook_write", 0]) <= EXACT
 
 
-def test_no_state_is_made_up_where_a_function_changed_the_matrices():
+def test_no_state_is_made_up_where_a_function_changed_the_matrices(model):
     """The factors then do not tell the state, so the cache says so instead of giving another run's numbers."""
-    model = model_of()
     tokens = tokens_of(model)
     with model.hooks(fwd_hooks=[("blocks.0.mixer.hook_write", lambda write, hook: 2 * write)]):
         _, cache = model.run_with_cache(tokens)
@@ -107,8 +113,9 @@ def test_no_state_is_made_up_where_a_function_changed_the_matrices():
     assert cache.write(1, 0, 0).AB.shape == (2, 3, 5)
 
 
-def test_backward_functions_change_nothing_that_the_factors_tell():
-    model = tiny_model(seed=1)
+@pytest.mark.parametrize("rule", RULES)
+def test_backward_functions_change_nothing_that_the_factors_tell(rule):
+    model = tiny_model((rule, rule), seed=1)
     tokens = tokens_of(model)
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: True, incl_bwd=True, return_type="loss")
     for layer in (0, 1):
@@ -134,15 +141,15 @@ def test_bad_indices_and_layers():
     assert cache.write(0, 0, slice(5, 5)).AB.shape == (2, 0, 3, 5)
 
 
-def test_factors_that_were_not_kept_are_asked_for():
-    model = model_of()
+def test_factors_that_were_not_kept_are_asked_for(model):
     _, cache = model.run_with_cache(tokens_of(model), names_filter="blocks.0.mixer.hook_query")
     with pytest.raises(KeyError, match="blocks.0.mixer.hook_log_decay is not in the cache"):
         cache.state(0, 0, 0)
 
 
-def test_nothing_kept_materialises_a_matrix():
-    model = model_of(HYBRID)
+@over_stacks
+def test_nothing_kept_materialises_a_matrix(layer_types):
+    model = model_of(layer_types)
     _, cache = model.run_with_cache(tokens_of(model))
     assert set(cache.keys()) == {name for name in model.hook_dict if not name.endswith(MATRICES)}
 
@@ -156,8 +163,9 @@ def test_names_filter(wanted):
     assert list(cache.keys()) == [name]
 
 
-def test_reading_matrices_does_not_change_results():
-    model = model_of(HYBRID)
+@over_stacks
+def test_reading_matrices_does_not_change_results(layer_types):
+    model = model_of(layer_types)
     tokens = tokens_of(model)
     logits, _ = model.run_with_cache(tokens, names_filter=lambda name: True)
     assert distance(logits, model(tokens)) <= EXACT
@@ -168,8 +176,7 @@ def test_reading_matrices_does_not_change_results():
     assert seen == [((2, 12, 4, 3, 5), list(range(12)))]  # a reader gets all positions at once
 
 
-def test_an_editor_of_states_is_called_token_by_token():
-    model = model_of()
+def test_an_editor_of_states_is_called_token_by_token(model):
     tokens = tokens_of(model)
     seen = []
 
@@ -206,8 +213,7 @@ def test_unknown_hook_names_are_answered_with_the_nearest(place):
     assert not any(point.in_use for point in model.hook_dict.values())
 
 
-def test_remove_batch_dim():
-    model = model_of()
+def test_remove_batch_dim(model):
     tokens = tokens_of(model, batch=1)
     _, kept = model.run_with_cache(tokens)
     _, cache = model.run_with_cache(tokens, remove_batch_dim=True)
@@ -219,8 +225,7 @@ def test_remove_batch_dim():
         model.run_with_cache(tokens, remove_batch_dim=True, return_cache_object=False)
 
 
-def test_plain_dictionaries_and_other_devices():
-    model = model_of()
+def test_plain_dictionaries_and_other_devices(model):
     name = "blocks.0.mixer.hook_query"
     _, plain = model.run_with_cache(tokens_of(model), names_filter=name, return_cache_object=False)
     assert type(plain) is dict and list(plain) == [name]
@@ -242,14 +247,17 @@ def loss_of(model, tokens):
     return lambda: model(tokens, return_type="loss")
 
 
-def test_gradients_equal_autograd():
+@over_stacks
+def test_gradients_equal_autograd(layer_types):
     """incl_bwd against torch.autograd with respect to tensors put into the graph at the hooks."""
-    model = tiny_model(HYBRID, seed=1)
+    model = tiny_model(layer_types, seed=1)
     tokens = tokens_of(model)
     _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
-    names = [f"blocks.{layer}.mixer.hook_{role}" for layer in (0, 2) for role in ("write_key", "write_value", "query")]
-    names += ["blocks.0.mixer.hook_log_decay", "blocks.0.mixer.hook_erase", "blocks.2.mixer.hook_probe", "hook_embed"]
+    last = model.cfg.recurrent_layers[-1]
+    names = [f"blocks.{layer}.mixer.hook_{role}" for layer in (0, last) for role in ("write_key", "write_value", "query")]
+    names += [f"blocks.{layer}.mixer.hook_{role}" for layer in (0, last) for role in ("log_decay", "k", "v", "erase", "probe")]
     names += ["blocks.1.attn.hook_q", "blocks.1.attn.hook_pattern", "blocks.0.hook_resid_post", "blocks.0.ln1.hook_scale"]
+    names = [name for name in ["hook_embed", *names] if name in model.hook_dict]
     caught = {}
 
     def catch(tensor, hook):
@@ -265,9 +273,10 @@ def test_gradients_equal_autograd():
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-def test_matrix_gradients_equal_finite_differences(matrix):
+@pytest.mark.parametrize("rule", RULES)
+def test_matrix_gradients_equal_finite_differences(rule, matrix):
     """hook_write_grad is Lambda, the effect of one more unit in an entry of a write; hook_state_grad that of a state."""
-    model = tiny_model(seed=1)
+    model = tiny_model((rule, rule), seed=1)
     tokens = tokens_of(model, length=7)
     name = f"blocks.0.mixer.{matrix}"
     _, cache = model.run_with_cache(tokens, names_filter=name, incl_bwd=True, return_type="loss")
@@ -289,9 +298,10 @@ def test_matrix_gradients_equal_finite_differences(matrix):
         assert abs(gradient[1, position, head, i, j] - measured) <= 1e-8
 
 
-def test_gradients_of_factors_follow_from_the_gradient_of_the_write():
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_of_factors_follow_from_the_gradient_of_the_write(rule):
     """d loss / d key = Lambda value and d loss / d value = Lambda^T key, once the erase is free of the write."""
-    model = tiny_model(seed=1)
+    model = tiny_model((rule, rule), seed=1)
     tokens = tokens_of(model)
     _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss", names_filter=lambda name: ".0.mixer" in name)
     prefix = "blocks.0.mixer.hook_write"
@@ -300,14 +310,16 @@ def test_gradients_of_factors_follow_from_the_gradient_of_the_write():
     assert distance(cache[f"{prefix}_value_grad"], torch.einsum("bphkv,bphk->bphv", write, key)) <= 1e-10
 
 
-def test_a_stacked_residual_stream_decomposes():
+@over_stacks
+def test_a_stacked_residual_stream_decomposes(layer_types):
     """transformer_lens's own tools run on the cache: the parts of the residual stream add up to it."""
-    model = model_of(HYBRID)
+    model = model_of(layer_types)
     tokens = tokens_of(model)
     _, cache = model.run_with_cache(tokens)
     parts = [cache["hook_embed"]]
     for layer in range(model.cfg.n_layers):
-        parts += [cache[f"blocks.{layer}.hook_mixer_out"], cache[f"blocks.{layer}.hook_mlp_out"]]
+        hooks = [f"blocks.{layer}.hook_mixer_out", f"blocks.{layer}.hook_mlp_out"]
+        parts += [cache[name] for name in hooks if name in model.hook_dict]
     assert distance(sum(parts), cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]) <= EXACT
-    accumulated = cache.accumulated_resid(layer=2, incl_mid=False)
+    accumulated = cache.accumulated_resid(layer=1, incl_mid=False)
     assert torch.equal(accumulated[1], cache["blocks.1.hook_resid_pre"])

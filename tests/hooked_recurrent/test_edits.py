@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooked_recurrent import WriteEdit
-from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, tiny_model, tokens_of
+from tests.hooked_recurrent.models import (
+    ALL_LINEAR,
+    HYBRID,
+    RULES,
+    STACKS,
+    distance,
+    over_stacks,
+    tiny_model,
+    tokens_of,
+)
 
 LAYER, HEAD, POSITION = 0, 2, 5
 D_K, D_V = 3, 5
@@ -18,6 +27,12 @@ EXACT = 1e-12
 @lru_cache
 def model_of(layer_types=ALL_LINEAR):
     return tiny_model(layer_types, seed=1).requires_grad_(False)
+
+
+@pytest.fixture(params=RULES)
+def model(request):
+    """A model of every rule."""
+    return model_of((request.param, request.param))
 
 
 def native(model, tokens, layer=LAYER, head=HEAD):
@@ -47,7 +62,7 @@ def changes(model, tokens, *edits):
 
 
 @pytest.mark.parametrize("position", [POSITION, slice(2, 9), slice(0, None), torch.tensor([1, 4, 7])], ids=str)
-@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@over_stacks
 @pytest.mark.parametrize("layer", [0, -1])
 def test_replacing_the_native_write_by_itself_changes_nothing(position, layer_types, layer):
     model = model_of(layer_types)
@@ -60,13 +75,26 @@ def test_replacing_the_native_write_by_itself_changes_nothing(position, layer_ty
     assert changes(model, tokens, same) <= EXACT
 
 
-def test_delete_then_add_of_the_native_write_is_exact():
-    model = model_of()
+def test_delete_then_add_of_the_native_write_is_exact(model):
     tokens = tokens_of(model)
     key, value = native(model, tokens)
     sides = {"key": key[:, [POSITION]], "value": value[:, [POSITION]]}
     assert changes(model, tokens, edit("delete")) > 1e-4
     assert changes(model, tokens, edit("delete"), edit("add", **sides)) <= EXACT
+
+
+def test_net_delete_leaves_decay_alone(model):
+    """For every rule: the state after the token is the decayed state before it, whatever the rule would have erased."""
+    tokens = tokens_of(model)
+    _, cache = model.run_with_cache(tokens, edits=[edit("delete", form="net")])
+    before, after = (cache.state(LAYER, HEAD, position) for position in (POSITION - 1, POSITION))
+    decay = cache[f"blocks.{LAYER}.mixer.hook_log_decay"][:, POSITION, HEAD].exp()
+    decay = decay[..., None] if decay.ndim == 2 else decay[..., None, None]
+    assert distance(after, decay * before) <= EXACT
+    _, native_cache = model.run_with_cache(tokens)
+    assert distance(native_cache.state(LAYER, HEAD, POSITION), decay * before) > 1e-3
+    same = torch.equal(run(model, tokens, edit("delete")), run(model, tokens, edit("delete", form="net")))
+    assert same == (not model.blocks[LAYER].mixer.erases)
 
 
 def test_net_delete_equals_beta_zero_at_that_token_and_head():
@@ -96,16 +124,14 @@ def test_net_replace_by_the_net_write_changes_nothing():
     assert changes(model, tokens, net) <= EXACT
 
 
-def test_net_replace_is_net_delete_then_add():
-    model = model_of()
+def test_net_replace_is_net_delete_then_add(model):
     tokens = tokens_of(model)
     sides = vectors()
     both = run(model, tokens, edit("delete", form="net"), edit("add", **sides))
     assert distance(run(model, tokens, edit("replace", form="net", **sides)), both) <= EXACT
 
 
-def test_scale_one_is_the_identity_and_scale_zero_is_delete():
-    model = model_of()
+def test_scale_one_is_the_identity_and_scale_zero_is_delete(model):
     tokens = tokens_of(model)
     assert torch.equal(run(model, tokens, edit("scale", scale=1.0)), model(tokens))
     assert distance(run(model, tokens, edit("scale", scale=0.0)), run(model, tokens, edit("delete"))) <= EXACT
@@ -113,8 +139,7 @@ def test_scale_one_is_the_identity_and_scale_zero_is_delete():
     assert distance(twice, run(model, tokens, edit("scale", scale=3.0))) <= EXACT
 
 
-def test_add_equals_a_function_on_hook_write_that_adds_the_matrix():
-    model = model_of()
+def test_add_equals_a_function_on_hook_write_that_adds_the_matrix(model):
     tokens = tokens_of(model)
     sides = vectors()
 
@@ -127,8 +152,7 @@ def test_add_equals_a_function_on_hook_write_that_adds_the_matrix():
 
 
 @pytest.mark.parametrize("op", ["replace", "delete", "scale"])
-def test_every_op_equals_its_function_on_hook_write(op):
-    model = model_of()
+def test_every_op_equals_its_function_on_hook_write(op, model):
     tokens = tokens_of(model)
     sides = vectors() if op == "replace" else {}
 
@@ -142,8 +166,7 @@ def test_every_op_equals_its_function_on_hook_write(op):
     assert distance(run(model, tokens, edit(op, batch=0, **sides, **scale)), expected) <= EXACT
 
 
-def test_edits_compose_in_their_order():
-    model = model_of()
+def test_edits_compose_in_their_order(model):
     tokens = tokens_of(model)
     one, two = vectors(seed=1), vectors(seed=2)
     add_one, add_two = edit("add", **one), edit("add", **two)
@@ -163,8 +186,7 @@ def test_edits_compose_in_their_order():
     assert not same([replaced, add_one], [add_one, replaced])
 
 
-def test_edits_at_different_sites_do_not_touch_each_other():
-    model = model_of()
+def test_edits_at_different_sites_do_not_touch_each_other(model):
     tokens = tokens_of(model)
     first = WriteEdit(0, 1, 3, "delete")
     second = WriteEdit(1, 2, 6, "replace", **vectors())
@@ -174,8 +196,7 @@ def test_edits_at_different_sites_do_not_touch_each_other():
         assert distance(run(model, tokens, *order), run(model, tokens, *orders[0])) <= EXACT
 
 
-def test_batch_rows_keep_to_themselves():
-    model = model_of()
+def test_batch_rows_keep_to_themselves(model):
     tokens = tokens_of(model, batch=3)
     sides = vectors(2, 1)
     logits = run(model, tokens, edit("replace", batch=torch.tensor([2, 0]), **sides))
@@ -187,8 +208,7 @@ def test_batch_rows_keep_to_themselves():
         assert distance(logits[row], run(model, tokens[[row]], alone)[0]) <= EXACT
 
 
-def test_one_vector_per_position():
-    model = model_of()
+def test_one_vector_per_position(model):
     tokens = tokens_of(model)
     positions = torch.tensor([8, 2, 5])
     sides = vectors(3)
@@ -202,7 +222,7 @@ def test_one_vector_per_position():
 
 
 @given(
-    st.sampled_from([ALL_LINEAR, HYBRID]),
+    st.sampled_from(list(STACKS.values())),
     st.integers(0, 11),
     st.sampled_from(["replace", "add", "delete", "scale"]),
     st.sampled_from(["auto", "step", "chunked"]),
@@ -222,8 +242,7 @@ def test_the_past_stays_exactly_as_it_was(layer_types, position, op, backend, he
     assert distance(logits[:, position:], model(tokens)[:, position:]) > 1e-9
 
 
-def test_states_below_and_before_stay_exactly_as_they_were():
-    model = model_of()
+def test_states_below_and_before_stay_exactly_as_they_were(model):
     tokens = tokens_of(model)
     edits = [WriteEdit(1, HEAD, POSITION, "delete")]
     plain = model.snapshots(tokens, range(tokens.shape[1] + 1))
@@ -234,8 +253,7 @@ def test_states_below_and_before_stay_exactly_as_they_were():
         assert unchanged == (position <= POSITION)
 
 
-def test_edits_may_be_given_as_any_iterable_and_are_left_as_they_were():
-    model = model_of()
+def test_edits_may_be_given_as_any_iterable_and_are_left_as_they_were(model):
     tokens = tokens_of(model)
     sides = vectors()
     kept = {name: side.clone() for name, side in sides.items()}
@@ -244,8 +262,7 @@ def test_edits_may_be_given_as_any_iterable_and_are_left_as_they_were():
     assert all(torch.equal(sides[name], kept[name]) for name in kept)
 
 
-def test_gradients_flow_into_an_edit():
-    model = model_of()
+def test_gradients_flow_into_an_edit(model):
     tokens = tokens_of(model)
     sides = {name: side.requires_grad_() for name, side in vectors().items()}
 
@@ -338,8 +355,7 @@ def test_an_edit_of_a_site_that_is_not_there_is_refused(case, as_users_run):
         model(tokens_of(model), edits=[WriteEdit(*site, **given_words)])
 
 
-def test_a_call_with_a_state_leaves_other_positions_to_other_calls():
-    model = model_of()
+def test_a_call_with_a_state_leaves_other_positions_to_other_calls(model):
     tokens = tokens_of(model)
     later = WriteEdit(0, 0, 9, "delete")
     first, state = model(tokens[:, :6], return_state=True, edits=[later])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_recurrent import WriteEdit
-from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, tiny_model, tokens_of
+from tests.hooked_recurrent.models import HYBRID, distance, over_stacks, tiny_model, tokens_of
 
 
 @lru_cache
@@ -45,7 +45,7 @@ def hooks_and_edits(layers):
     return {"fwd_hooks": hooks, "edits": edits}
 
 
-@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@over_stacks
 @pytest.mark.parametrize("changed", [False, True], ids=["plain", "hooks and edits"])
 def test_greedy_is_repeated_argmax(layer_types, changed):
     model = model_of(layer_types)

@@ -9,7 +9,7 @@ import torch
 
 from hooked_recurrent import GatedDeltaNetConfig, HookedRecurrentModel, ModelConfig, WriteEdit
 from hooked_recurrent.model import next_token_loss
-from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, tiny_config, tiny_model, tokens_of
+from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, over_stacks, tiny_config, tiny_model, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +100,11 @@ def test_a_layer_is_its_recurrence_read_out():
     assert distance(z, cache["blocks.1.mixer.hook_z"]) <= 1e-12
 
 
-def test_it_learns():
+@over_stacks
+def test_it_learns(layer_types):
     """Thirty steps on one text: the loss falls, and every weight gets a gradient."""
     torch.manual_seed(0)
-    model = HookedRecurrentModel(tiny_config(HYBRID, tied=False))
+    model = HookedRecurrentModel(tiny_config(layer_types, tied=False))
     tokens = tokens_of(model, batch=4, length=40)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     losses = []

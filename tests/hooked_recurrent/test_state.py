@@ -1,5 +1,6 @@
 """RecurrentState: going on from it, branching it, and putting it on disk, in this process and in another."""
 
+import os
 import subprocess
 import sys
 from functools import lru_cache
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hooked_recurrent import LayerState, RecurrentState, WriteEdit
-from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, tiny_model, tokens_of
+from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, STACKS, distance, over_stacks, tiny_model, tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = 1e-12
@@ -59,7 +60,7 @@ def test_what_a_state_holds(state):
     assert RecurrentState((LayerState(),)).batch_size is None
 
 
-@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@over_stacks
 @pytest.mark.parametrize("edits", [(), (WriteEdit(0, 1, 4, "delete"), WriteEdit(0, 2, 9, "delete"))], ids=["plain", "edited"])
 @pytest.mark.parametrize("start", [0, 3])
 def test_snapshots_equal_the_states_of_truncated_runs(layer_types, edits, start):
@@ -87,9 +88,9 @@ def test_a_snapshot_at_the_start_goes_on_like_a_fresh_run(model, tokens):
     assert distance(model(tokens, state=snapshot), model(tokens)) <= EXACT
 
 
-@given(st.lists(st.integers(0, 14), min_size=1, max_size=6), st.integers(0, 3))
-def test_snapshots_anywhere(positions, seed):
-    model = model_of(ALL_LINEAR)
+@given(st.sampled_from(list(STACKS.values())), st.lists(st.integers(0, 14), min_size=1, max_size=6), st.integers(0, 3))
+def test_snapshots_anywhere(layer_types, positions, seed):
+    model = model_of(layer_types)
     tokens = tokens_of(model, length=14, seed=seed)
     snapshots = model.snapshots(tokens, positions)
     assert set(snapshots) == set(positions)
@@ -280,18 +281,21 @@ CHILD = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from hooked_recurrent import RecurrentState
-from tests.hooked_recurrent.models import HYBRID, tiny_model
-model = tiny_model(HYBRID, seed=1)
-tokens = load_file(sys.argv[2])["tokens"]
-logits = model(tokens, state=RecurrentState.load(sys.argv[1])).detach()
-save_file({"logits": logits}, sys.argv[3])
+from tests.hooked_recurrent.models import STACKS, tiny_model
+tokens, logits = load_file("tokens")["tokens"], {}
+for name, layer_types in STACKS.items():
+    model = tiny_model(layer_types, seed=1)
+    logits[name] = model(tokens, state=RecurrentState.load(f"{name}.state")).detach()
+save_file(logits, "logits")
 """
 
 
-def test_a_state_goes_on_in_another_process(tmp_path, model, tokens, state):
-    paths = [str(tmp_path / name) for name in ("state", "tokens", "logits")]
-    state.save(paths[0])
-    save_file({"tokens": tokens[:, 8:].contiguous()}, paths[1])
-    subprocess.run([sys.executable, "-c", CHILD, *paths], check=True, cwd=ROOT, timeout=120)
-    with safe_open(paths[2], framework="pt") as file:
-        assert distance(file.get_tensor("logits"), model(tokens)[:, 8:]) <= EXACT
+def test_a_state_goes_on_in_another_process(tmp_path, tokens):
+    save_file({"tokens": tokens[:, 8:].contiguous()}, tmp_path / "tokens")
+    for name, layer_types in STACKS.items():
+        model_of(layer_types)(tokens[:, :8], return_state=True)[1].save(tmp_path / f"{name}.state")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", CHILD], check=True, cwd=tmp_path, timeout=120, env=environment)
+    with safe_open(tmp_path / "logits", framework="pt") as file:
+        for name, layer_types in STACKS.items():
+            assert distance(file.get_tensor(name), model_of(layer_types)(tokens)[:, 8:]) <= EXACT

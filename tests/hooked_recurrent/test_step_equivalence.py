@@ -12,32 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_recurrent import WriteEdit
-from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, tiny_model, tokens_of
+from tests.hooked_recurrent.models import HYBRID, RULES, distance, over_stacks, tiny_model, tokens_of
 
 LENGTH, BATCH = 11, 2
 TOLERANCE = 1e-9
-FACTOR_HOOKS = (
-    "hook_q hook_k hook_v hook_beta hook_log_decay hook_erase hook_probe hook_write_key hook_write_value hook_query "
-    "hook_write hook_state hook_read hook_z"
-).split()
-ATTENTION_HOOKS = "hook_q hook_k hook_v hook_gate hook_rot_q hook_rot_k hook_attn_scores hook_pattern hook_z".split()
-RESIDUAL_HOOKS = "hook_resid_pre hook_mixer_out hook_resid_mid hook_mlp_out hook_resid_post".split()
-OTHER_HOOKS = "ln1.hook_scale ln1.hook_normalized ln2.hook_normalized mlp.hook_pre mlp.hook_post".split()
+# Hooks of values whose sign the recurrence or the softmax counts on (or that are -inf by design): scaled, never shifted.
+SIGNED = ("hook_log_decay", "hook_beta", "hook_dt", "hook_scale", "hook_attn_scores", "hook_pattern")
 
 
 @lru_cache
 def model_of(layer_types, seed):
     return tiny_model(layer_types, seed=seed).requires_grad_(False)
-
-
-def hook_names(model):
-    """Every hook that the property edits, by full name."""
-    names = ["hook_embed", "ln_final.hook_normalized"]
-    for layer in range(model.cfg.n_layers):
-        recurrent = layer in model.cfg.recurrent_layers
-        inside = [f"mixer.{hook}" for hook in FACTOR_HOOKS] if recurrent else [f"attn.{hook}" for hook in ATTENTION_HOOKS]
-        names += [f"blocks.{layer}.{hook}" for hook in [*RESIDUAL_HOOKS, *OTHER_HOOKS, *inside]]
-    return names
 
 
 def by_position(tensor, hook, *, seed, in_place=False):
@@ -49,8 +34,8 @@ def by_position(tensor, hook, *, seed, in_place=False):
     chosen = ((hook.positions * 7 + seed) % 3 == 0).reshape(shape)
     scale = torch.where(chosen, 1 + 0.3 * torch.sin(1.7 * positions + seed).reshape(shape), 1.0)
     shift = torch.where(chosen, 0.1 * torch.cos(0.9 * positions + seed).reshape(shape), 0.0)
-    if hook.name.endswith(("hook_log_decay", "hook_beta", "hook_scale", "hook_attn_scores", "hook_pattern")):
-        shift = torch.zeros_like(shift)  # these have a sign, or -inf, to keep
+    if hook.name.endswith(SIGNED):
+        shift = torch.zeros_like(shift)
     else:
         shift = shift * torch.arange(1, tensor.shape[-1] + 1).to(tensor.dtype).sin()
     if in_place:
@@ -60,8 +45,8 @@ def by_position(tensor, hook, *, seed, in_place=False):
 
 
 @st.composite
-def write_edits(draw, layers, n_heads=4, d_k=3, d_v=5):
-    """A random WriteEdit of a model with these sizes over LENGTH positions and BATCH rows."""
+def write_edits(draw, cfg):
+    """A random WriteEdit of a model with this config over LENGTH positions and BATCH rows."""
     op = draw(st.sampled_from(["replace", "add", "delete", "scale"]))
     form = draw(st.sampled_from(["additive", "net"])) if op in ("replace", "delete") else "additive"
     where = draw(st.sampled_from(["int", "slice", "stride", "open", "tensor"]))
@@ -80,11 +65,11 @@ def write_edits(draw, layers, n_heads=4, d_k=3, d_v=5):
     if op in ("replace", "add"):
         lead = draw(st.sampled_from([(), (count,), (1, count), (n_rows, 1), (n_rows, count)]))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-        for name, width in (("key", d_k), ("value", d_v)):
+        for name, width in (("key", cfg.d_k), ("value", cfg.d_v)):
             sides[name] = torch.randn(*lead, width, generator=generator, dtype=torch.float64)
     return WriteEdit(
-        draw(st.sampled_from(layers)),
-        draw(st.integers(0, n_heads - 1)),
+        draw(st.sampled_from(cfg.recurrent_layers)),
+        draw(st.integers(0, cfg.n_heads - 1)),
         position,
         op,
         scale=draw(st.sampled_from([0.0, -0.5, 2.0])) if op == "scale" else None,
@@ -137,11 +122,11 @@ def assert_same_run(whole, pieces):
 def scenarios(draw, layer_types, max_hooks=5):
     """A model, hook functions, edits, a split and what to cache."""
     model = model_of(layer_types, draw(st.integers(0, 3)))
-    names = hook_names(model)
+    names = list(model.hook_dict)
     chosen = draw(st.lists(st.sampled_from(names), max_size=max_hooks, unique=True))
     in_place = draw(st.booleans())
     hooks = [(name, partial(by_position, seed=seed, in_place=in_place)) for seed, name in enumerate(chosen)]
-    edits = draw(st.lists(write_edits(model.cfg.recurrent_layers), max_size=3))
+    edits = draw(st.lists(write_edits(model.cfg), max_size=3))
     cuts = sorted(draw(st.sets(st.integers(1, LENGTH - 1), max_size=4)))
     sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, LENGTH], strict=True)]
     everything = draw(st.booleans())
@@ -159,7 +144,7 @@ def check(scenario):
     assert_same_run(whole, run([1] * LENGTH))
 
 
-@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@over_stacks
 def test_any_split_gives_the_same(layer_types, as_users_run):
     @given(scenarios(layer_types))
     def law(scenario):
@@ -169,7 +154,7 @@ def test_any_split_gives_the_same(layer_types, as_users_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@over_stacks
 def test_any_split_gives_the_same_over_many_draws(layer_types, as_users_run):
     @settings(max_examples=100)
     @given(scenarios(layer_types, max_hooks=12))
@@ -179,39 +164,34 @@ def test_any_split_gives_the_same_over_many_draws(layer_types, as_users_run):
     law()
 
 
-@pytest.mark.parametrize("hook", [*FACTOR_HOOKS, *RESIDUAL_HOOKS])
-def test_every_hook_alone(hook, as_users_run):
-    """Each hook in the lower layer by itself, so that no draw can leave one out; and the function must matter."""
-    model = model_of(HYBRID, 0)
-    name = f"blocks.0.{hook if hook in RESIDUAL_HOOKS else f'mixer.{hook}'}"
+def hooks_one_by_one():
+    """(layers, hook): every hook of a lower block of every rule, and those of the hybrid's softmax layer."""
+    for rule in RULES:
+        names = model_of((rule, rule), 0).hook_dict
+        yield from (pytest.param((rule, rule), name, id=f"{rule}-{name}") for name in names if name.startswith("blocks.0."))
+    names = model_of(HYBRID, 0).hook_dict
+    yield from (pytest.param(HYBRID, name, id=name) for name in names if name.startswith("blocks.1.attn."))
+
+
+@pytest.mark.parametrize(("layer_types", "name"), hooks_one_by_one())
+def test_every_hook_alone(layer_types, name, as_users_run):
+    """Each hook by itself, so that no draw can leave one out; and the function must matter."""
+    model = model_of(layer_types, 0)
     tokens = tokens_of(model, BATCH, LENGTH)
-    run = partial(run_in_pieces, model, tokens, fwd_hooks=[(name, partial(by_position, seed=1))], edits=())
+    hooks = [(name, partial(by_position, seed=1))]
+    run = partial(run_in_pieces, model, tokens, fwd_hooks=hooks, edits=(), names_filter=[name])
     whole = run([LENGTH])
     assert distance(whole[0], model(tokens)) > 1e-6
     assert_same_run(whole, run([4, 1, 6]))
     assert_same_run(whole, run([1] * LENGTH))
 
 
-@pytest.mark.parametrize("hook", ATTENTION_HOOKS)
-def test_every_softmax_hook_alone(hook, as_users_run):
-    model = model_of(HYBRID, 0)
-    tokens = tokens_of(model, BATCH, LENGTH)
-    name = f"blocks.1.attn.{hook}"
-    run = partial(
-        run_in_pieces, model, tokens, fwd_hooks=[(name, partial(by_position, seed=1))], edits=(), names_filter=[name]
-    )
-    whole = run([LENGTH])
-    assert distance(whole[0], model(tokens)) > 1e-6
-    assert_same_run(whole, run([4, 1, 6]))
-    assert_same_run(whole, run([1] * LENGTH))
-
-
-@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@over_stacks
 def test_in_place_edits_equal_returned_ones(layer_types, as_users_run):
     """For every hook at once: a function that changes its tensor in place reaches what follows the hook, and only that."""
     model = model_of(layer_types, 1)
     tokens = tokens_of(model, BATCH, LENGTH)
-    for name in hook_names(model):
+    for name in model.hook_dict:
         returned = run_in_pieces(model, tokens, [LENGTH], fwd_hooks=[(name, partial(by_position, seed=2))], edits=())
         changed = run_in_pieces(
             model, tokens, [LENGTH], fwd_hooks=[(name, partial(by_position, seed=2, in_place=True))], edits=()
@@ -221,7 +201,7 @@ def test_in_place_edits_equal_returned_ones(layer_types, as_users_run):
             assert torch.equal(returned[1][0][key], changed[1][0][key]), (name, key)
 
 
-@pytest.mark.parametrize("layer_types", [ALL_LINEAR, HYBRID], ids=["linear", "hybrid"])
+@over_stacks
 @pytest.mark.parametrize("backend", ["step", "chunked"])
 def test_long_texts_in_many_chunks(layer_types, backend, as_users_run):
     model = model_of(layer_types, 2)
@@ -235,15 +215,16 @@ def test_long_texts_in_many_chunks(layer_types, backend, as_users_run):
     assert distance(torch.cat(logits, dim=1), whole) <= TOLERANCE
 
 
-def test_hooks_know_their_absolute_positions(as_users_run):
-    model = model_of(HYBRID, 0)
+@over_stacks
+def test_hooks_know_their_absolute_positions(layer_types, as_users_run):
+    model = model_of(layer_types, 0)
     tokens = tokens_of(model, BATCH, LENGTH)
     seen = {}
 
     def note(tensor, hook):
         seen.setdefault(hook.name, []).extend(hook.positions.tolist())
 
-    names = hook_names(model)
+    names = list(model.hook_dict)
     state = None
     for piece in tokens.split([4, 1, 6], dim=1):
         with model.hooks(fwd_hooks=[(name, note) for name in names]):
@@ -252,9 +233,10 @@ def test_hooks_know_their_absolute_positions(as_users_run):
     assert all(positions == list(range(LENGTH)) for positions in seen.values())
 
 
-def test_the_law_can_fail(as_users_run):
+@pytest.mark.parametrize("rule", RULES)
+def test_the_law_can_fail(rule, as_users_run):
     """A function of the place within the call, not of the absolute position, is caught by the comparison above."""
-    model = model_of(ALL_LINEAR, 0)
+    model = model_of((rule, rule), 0)
     tokens = tokens_of(model, BATCH, LENGTH)
 
     def first_of_the_call(tensor, hook):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hooked_recurrent import RecurrentState, WriteEdit
-from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, tiny_model, tokens_of
+from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, RULES, tiny_model, tokens_of
 
 TOKENS = torch.randint(29, (2, 6), generator=torch.Generator().manual_seed(0))
 BAD_TOKENS = {
@@ -155,3 +155,16 @@ def test_empty_states_fit_every_batch(model):
 
     empty = RecurrentState(tuple(LayerState() for _ in range(3)))
     assert torch.equal(model(TOKENS, state=empty), model(TOKENS))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nan_is_traced_to_every_hook_of_every_rule(rule):
+    model = tiny_model((rule, rule)).requires_grad_(False)
+    tokens = tokens_of(model, length=9)
+    for name in model.hook_dict:
+
+        def spoil(tensor, hook):
+            tensor[1, (hook.positions == 7).nonzero()[:, 0], ..., 0] = torch.nan
+
+        with pytest.raises(ValueError, match=f"NaN in {name} at position 7 of batch row 1$"):
+            model.run_with_hooks(tokens, fwd_hooks=[(name, spoil)])

@@ -13,15 +13,21 @@ from tests.hooked_recurrent.models import distance
 def reference(conv, x):
     """silu of a depthwise Conv1d padded on the left, in [batch, channel, pos]."""
     channels, taps = conv.weight.shape
-    theirs = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps - 1, bias=False, dtype=x.dtype)
+    theirs = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps - 1, bias=conv.bias is not None, dtype=x.dtype)
     theirs.weight.data = conv.weight.data[:, None]
+    if conv.bias is not None:
+        theirs.bias.data = conv.bias.data
     return nn.functional.silu(theirs(x.mT)[..., : x.shape[1]]).mT
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 7])
 @pytest.mark.parametrize("length", [1, 3, 20])
-def test_equals_conv1d(taps, length):
-    conv = ShortConv(6, taps).double()
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_conv1d(taps, length, bias):
+    conv = ShortConv(6, taps, bias).double()
+    if bias:
+        assert conv.bias.eq(0).all()
+        nn.init.normal_(conv.bias)
     assert conv.taps == taps
     x = torch.randn(2, length, 6, dtype=torch.float64)
     out, padded = conv(x, None)
@@ -36,7 +42,7 @@ def test_pieces_go_on_from_their_tails(taps, sizes):
     pieces, tail = [], None
     for piece in x.split(sizes, dim=1):
         out, padded = conv(piece, tail)
-        tail = padded[:, piece.shape[1] : piece.shape[1] + taps - 1]
+        (tail,) = conv.tails(padded, (piece.shape[1],))
         pieces.append(out)
     assert distance(torch.cat(pieces, dim=1), reference(conv, x)) <= 1e-12
 
@@ -52,3 +58,12 @@ def test_gradients():
     x = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
     tail = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, tail, weight: conv(x, tail)[0], (x, tail, conv.weight))
+
+
+def test_tails_after_several_stops():
+    conv = ShortConv(3, 4)
+    x = torch.randn(2, 9, 3)
+    _, padded = conv(x, None)
+    for stop, tail in zip((0, 2, 9), conv.tails(padded, (0, 2, 9)), strict=True):
+        assert torch.equal(tail, torch.cat([torch.zeros(2, 3, 3), x], dim=1)[:, stop : stop + 3])
+        assert tail.data_ptr() != padded[:, stop:].data_ptr()  # a state must not keep a whole text alive

@@ -5,6 +5,7 @@ import torch
 
 from hooked_recurrent.layers.norm import GatedRMSNorm, RMSNorm, l2_normalize
 
+mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
 qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
 
@@ -55,6 +56,24 @@ def test_gated_rms_norm_equals_transformers():
     x, gate = 3 * torch.randn(2, 5, 4, 7), 3 * torch.randn(2, 5, 4, 7)
     expected = theirs(x.reshape(-1, 7), gate.reshape(-1, 7)).reshape(x.shape)
     torch.testing.assert_close(ours(x, gate), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_gate_first_equals_transformers(groups):
+    theirs = randomised(mamba2.MambaRMSNormGated(12, group_size=12 // groups, eps=1e-3))
+    ours = GatedRMSNorm(12, eps=1e-3, groups=groups, gate_first=True)
+    ours.weight.data.copy_(theirs.weight)
+    x, gate = 3 * torch.randn(2, 5, 12), 3 * torch.randn(2, 5, 12)
+    torch.testing.assert_close(ours(x, gate), theirs(x, gate), rtol=1e-6, atol=1e-6)
+    ours.gate_first = False
+    parts = torch.nn.functional.rms_norm(x.unflatten(-1, (groups, -1)), (12 // groups,), eps=1e-3).flatten(-2)
+    torch.testing.assert_close(ours(x, gate), ours.weight * parts * torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_gives_the_dtype_of_its_weight():
+    """A float32 residual stream meets bfloat16 layers."""
+    norm = RMSNorm(64, eps=1e-6).to(torch.bfloat16)
+    assert norm(torch.randn(3, 64)).dtype == torch.bfloat16
 
 
 def test_hooks_of_a_norm():

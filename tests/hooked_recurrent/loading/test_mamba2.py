@@ -236,7 +236,7 @@ def changed(theirs, tmp_path, change):
 
 BROKEN = {
     "missing": (lambda t: t.pop("backbone.layers.1.mixer.D"), "lacks 'backbone.layers.1.mixer.D'"),
-    "surplus": (lambda t: t.update({"backbone.layers.9.norm.weight": torch.ones(32)}), "does not know: 'backbone.layers.9.norm"),
+    "surplus": (lambda t: t.update({"backbone.extra": torch.ones(32)}), "does not know: 'backbone.extra'"),
     "shape": (
         lambda t: t.update({"backbone.layers.0.mixer.in_proj.weight": torch.ones(9, 32)}),
         r"'backbone.layers.0.mixer.in_proj.weight' has shape \(9, 32\), its config asks for \(184, 32\)",
