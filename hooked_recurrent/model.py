@@ -62,7 +62,10 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
     def from_pretrained(
         cls, name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "HookedRecurrentModel":
-        """Load a bundled model, a local folder in transformers' layout, or a model of the hub. See `loading.load`."""
+        """Load a bundled model, a local folder (transformers' layout, or state-spaces/mamba's for Mamba-2), or a hub model.
+
+        See `loading.load`.
+        """
         from hooked_recurrent.loading.load import load_pretrained
 
         return load_pretrained(name, dtype=dtype, device=device)

@@ -5,6 +5,7 @@ with a way there and a way back. `fill` and `export` do the rest, so a family fi
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -99,13 +100,14 @@ class TorchCheckpoint:
 
     def __init__(self, file: Path):
         self.origin = str(file)
+        if not file.is_file():
+            raise FileNotFoundError(f"no weights file at {file}")
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except Exception as error:  # a hostile or damaged file may make the reader raise anything
-            reason = next((line.strip() for line in str(error).splitlines() if "Unsupported" in line), type(error).__name__)
-            raise ValueError(
-                f"{file} was refused, and nothing in it was run: it is damaged or holds more than tensors ({reason})"
-            ) from None
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it asks for {named[1]}, which is no tensor" if named else "it is damaged or holds more than tensors"
+            raise ValueError(f"{file} was refused, and nothing in it was run: {why}") from None
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError(f"{file} holds no tensors by name, as a saved state dict does")
         self.tensors: dict[str, Tensor] = tensors

@@ -27,7 +27,9 @@ def load_pretrained(
 ) -> HookedRecurrentModel:
     """Load by the name of a bundled model, a local folder, or a hub repository "owner/name".
 
-    Tensors are read one at a time, so the peak of memory is about one copy of the model.
+    The folder is in transformers' layout or, for Mamba-2, in that of state-spaces/mamba; weights are safetensors or, where
+    there are none, `pytorch_model.bin`, of which tensors are read and nothing is run. Tensors are read one at a time, so
+    the peak of memory is about one copy of the model.
 
     Raises:
         ValueError: for an unknown name or family, and a checkpoint that does not fit its config.

@@ -173,7 +173,7 @@ def hooks_one_by_one():
     yield from (pytest.param(HYBRID, name, id=name) for name in names if name.startswith("blocks.1.attn."))
 
 
-@pytest.mark.parametrize(("layer_types", "name"), hooks_one_by_one())
+@pytest.mark.parametrize(("layer_types", "name"), list(hooks_one_by_one()))
 def test_every_hook_alone(layer_types, name, as_users_run):
     """Each hook by itself, so that no draw can leave one out; and the function must matter."""
     model = model_of(layer_types, 0)

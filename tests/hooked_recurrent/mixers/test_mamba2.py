@@ -67,7 +67,8 @@ def test_the_convolution_by_hand():
     at = cached(model, tokens_of(model))
     mixed = mixer.vkq(at["blocks.0.ln1.hook_normalized"])
     padded = torch.cat([mixed.new_zeros(2, 3, mixed.shape[2]), mixed], dim=1)
-    out = torch.nn.functional.silu(sum(padded[:, tap : tap + 12] * mixer.conv.weight[:, tap] for tap in range(4)) + mixer.conv.bias)
+    summed = sum(padded[:, tap : tap + 12] * mixer.conv.weight[:, tap] for tap in range(4))
+    out = torch.nn.functional.silu(summed + mixer.conv.bias)
     together = torch.cat([at["v"].flatten(2), at["k"][:, :, ::2].flatten(2), at["q"][:, :, ::2].flatten(2)], dim=-1)
     torch.testing.assert_close(together, out, **EXACT)
 

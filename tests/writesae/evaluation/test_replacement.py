@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_recurrent import WriteEdit
-from tests.hooked_recurrent.models import HYBRID
+from tests.hooked_recurrent.models import HYBRID, RULES
 from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae.evaluation.firings import encode_cell, sample_firings
 from writesae.evaluation.replacement import READINGS, ReplacementConfig, _Test, compare, replacement
@@ -30,7 +30,7 @@ def machinery(model, sae, tokens, config=CONFIG, layer=LAYER):
     return _Test(model, tokens, layer, HEAD, config, writes, Substitutes(sae, writes, config.seed)), firings
 
 
-@pytest.mark.parametrize(("layer_types", "layer"), [(("gated_delta_net",) * 2, 1), (HYBRID, 0), (HYBRID, 2)])
+@pytest.mark.parametrize(("layer_types", "layer"), [*(((rule, rule), 1) for rule in RULES), (HYBRID, 0), (HYBRID, 2)])
 @pytest.mark.parametrize("form", ["additive", "net"])
 def test_native_write_for_itself_is_the_floor(layer_types, layer, form):
     model, sae, tokens = cell(layer_types, layer=layer)
@@ -43,8 +43,9 @@ def test_native_write_for_itself_is_the_floor(layer_types, layer, form):
 
 
 @pytest.mark.parametrize("form", ["additive", "net"])
-def test_every_condition_equals_a_plain_full_pass(form):
-    model, sae, tokens = cell()
+@pytest.mark.parametrize("rule", RULES)
+def test_every_condition_equals_a_plain_full_pass(rule, form):
+    model, sae, tokens = cell((rule, rule))
     config = ReplacementConfig(**{**CONFIG.to_dict(), "form": form})
     result = replacement(model, sae, tokens, layer=LAYER, head=HEAD, config=config)
     test, firings = machinery(model, sae, tokens, config)

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from tests.hooked_recurrent.models import HYBRID, tiny_model, tokens_of
+from tests.hooked_recurrent.models import HYBRID, over_stacks, tiny_model, tokens_of
 from writesae.stream.activations import WriteStream, check_head, collect_writes, layer_of_hook
 
 HOOK = "blocks.2.mixer.hook_write"
@@ -28,14 +28,16 @@ def name_of(row):
     return tuple(round(number, 8) for number in row.tolist())
 
 
+@over_stacks
 @pytest.mark.parametrize("head", [0, 3])
-def test_the_factors_are_those_of_the_matrix_hook(head):
-    model = tiny_model(HYBRID)
+def test_the_factors_are_those_of_the_matrix_hook(layer_types, head):
+    model = tiny_model(layer_types)
     tokens = tokens_of(model)
-    key, value = collect_writes(model, tokens, HOOK, head)
-    _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
+    hook = f"blocks.{model.cfg.n_layers - 1}.mixer.hook_write"
+    key, value = collect_writes(model, tokens, hook, head)
+    _, cache = model.run_with_cache(tokens, names_filter=[hook])
     torch.testing.assert_close(
-        torch.einsum("bpk,bpv->bpkv", key, value), cache[HOOK][:, :, head], rtol=1e-12, atol=1e-12
+        torch.einsum("bpk,bpv->bpkv", key, value), cache[hook][:, :, head], rtol=1e-12, atol=1e-12
     )
     assert not key.requires_grad
 
