@@ -10,7 +10,7 @@ norm comes after the gate there, and so it does here. The original layout's `nor
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def config_from_hf(hf: Any, name: str) -> ModelConfig:
             conv_size=hf.conv_kernel,
             conv_bias=hf.use_conv_bias,
             bias=hf.use_bias,
-            dt_limit=tuple(map(float, hf.time_step_limit)),
+            dt_limit=_limits(hf.time_step_limit),
             norm_eps=hf.layer_norm_epsilon,
         ),
         norm_eps=hf.layer_norm_epsilon,
@@ -61,6 +61,11 @@ def config_from_hf(hf: Any, name: str) -> ModelConfig:
         tied_embeddings=hf.tie_word_embeddings,
         model_name=name,
     )
+
+
+def _limits(given: Sequence[float]) -> tuple[float, float]:
+    low, high = given
+    return float(low), float(high)
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -88,7 +93,7 @@ def config_from_original(raw: Mapping[str, Any], name: str) -> ModelConfig:
             conv_size=ssm["d_conv"],
             conv_bias=ssm["conv_bias"],
             bias=ssm["bias"],
-            dt_limit=tuple(map(float, ssm["dt_limit"])),
+            dt_limit=_limits(ssm["dt_limit"]),
             norm_eps=ORIGINAL_EPS,
             norm_before_gate=ssm["norm_before_gate"],
         ),

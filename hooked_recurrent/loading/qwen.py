@@ -76,8 +76,8 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a `qwen3_5_text` checkpoint that transformers and this package load."""
     kinds = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
     mixer = cfg.mixer
-    if cfg.d_mlp is None or cfg.norm_offset != 1.0 or cfg.residual_in_fp32:
-        raise ValueError("the qwen3_5_text layout has an MLP in every block, zero-centred norms, one dtype; this model differs")
+    if not isinstance(mixer, GatedDeltaNetConfig) or cfg.d_mlp is None or cfg.norm_offset != 1.0 or cfg.residual_in_fp32:
+        raise ValueError("the qwen3_5_text layout is Gated DeltaNet with MLPs and zero-centred norms; this model differs")
     # A stack without softmax layers still has to say what they would be.
     attention = cfg.attention or AttentionConfig(mixer.n_heads, mixer.n_heads, 64, 16)
     if cfg.norm_eps != mixer.norm_eps or (cfg.attention and cfg.norm_eps != attention.norm_eps):
@@ -132,6 +132,7 @@ def entries(cfg: ModelConfig, names: list[str], model_type: str) -> Iterator[Ent
         if kind == ATTENTION:
             yield from _attention_entries(cfg, f"{theirs}self_attn.", f"{ours}attn.")
         else:
+            assert isinstance(cfg.mixer, GatedDeltaNetConfig)  # this family's configs make no other
             yield from _delta_net_entries(cfg.mixer, f"{theirs}linear_attn.", f"{ours}mixer.", model_type)
     yield Entry(f"{root}norm.weight", ("ln_final.weight",))
     if not cfg.tied_embeddings:

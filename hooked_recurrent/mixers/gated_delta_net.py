@@ -32,6 +32,8 @@ class GatedDeltaNet(RecurrentMixer):
         hook_beta        write strength in (0, 1)                    [batch, pos, head]
     """
 
+    cfg: GatedDeltaNetConfig
+
     def __init__(self, cfg: GatedDeltaNetConfig, d_model: int, layer: int):
         super().__init__(cfg, layer)
         self.key_width, value_width = cfg.n_key_heads * cfg.d_k, cfg.n_heads * cfg.d_v

@@ -42,6 +42,7 @@ class Mamba2(RecurrentMixer):
     """
 
     erases = False
+    cfg: Mamba2Config
 
     def __init__(self, cfg: Mamba2Config, d_model: int, layer: int):
         super().__init__(cfg, layer)

@@ -72,9 +72,8 @@ def test_logits_after_splitting_anywhere(variant, as_users_run):
 def test_forty_greedy_tokens(as_users_run):
     theirs, ours = pair("2 groups")
     tokens = tokens_of(3, 20)
-    expected = theirs.generate(
-        input_ids=tokens, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = theirs.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
     out = ours.generate(tokens, max_new_tokens=40)
     assert torch.equal(out, expected)
     best = ours(out[:, :-1])[:, 19:].topk(2, dim=-1).values
