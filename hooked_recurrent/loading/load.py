@@ -13,7 +13,14 @@ from torch import nn
 
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.loading import qwen
-from hooked_recurrent.loading.checkpoint import Checkpoint, FolderCheckpoint, MemoryCheckpoint, export, fill
+from hooked_recurrent.loading.checkpoint import (
+    Checkpoint,
+    FolderCheckpoint,
+    MemoryCheckpoint,
+    export,
+    fill,
+    read_mapping,
+)
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models
 
@@ -37,7 +44,7 @@ def load_pretrained(
     folder = _find_folder(name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no model folder in transformers' layout")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    model_type = read_mapping(folder / "config.json", "model config").get("model_type")
     _family(model_type)
     hf_config = AutoConfig.from_pretrained(folder)
     return _build(hf_config, FolderCheckpoint(folder), str(name), _load_tokenizer(folder), dtype, device)
@@ -109,7 +116,7 @@ def _family(model_type: str | None) -> Any:
 
 def _find_folder(name: str | Path) -> Path:
     path = Path(name).expanduser()
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
     bundled = bundled_models()
     if str(name) in bundled:

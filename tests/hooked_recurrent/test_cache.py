@@ -50,7 +50,12 @@ def test_write_and_state_equal_the_cached_matrices(head, pos, start, edited):
         tokens = tokens[:, 6:]
     if edited:
         delete = WriteEdit(0, 1, slice(3, 8), "delete", form="net")
-        options["edits"] = [added_write(0, 9), added_write(2, slice(5, 9), 1), added_write(0, slice(2, None), 2), delete]
+        options["edits"] = [
+            added_write(0, 9),
+            added_write(2, slice(5, 9), 1),
+            added_write(0, slice(2, None), 2),
+            delete,
+        ]
     cached = matrices(model, tokens, **options)
     _, cache = model.run_with_cache(tokens, **options)
     for layer in model.cfg.recurrent_layers:
@@ -249,7 +254,12 @@ def test_gradients_equal_autograd():
     _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
     names = [f"blocks.{layer}.mixer.hook_{role}" for layer in (0, 2) for role in ("write_key", "write_value", "query")]
     names += ["blocks.0.mixer.hook_log_decay", "blocks.0.mixer.hook_erase", "blocks.2.mixer.hook_probe", "hook_embed"]
-    names += ["blocks.1.attn.hook_q", "blocks.1.attn.hook_pattern", "blocks.0.hook_resid_post", "blocks.0.ln1.hook_scale"]
+    names += [
+        "blocks.1.attn.hook_q",
+        "blocks.1.attn.hook_pattern",
+        "blocks.0.hook_resid_post",
+        "blocks.0.ln1.hook_scale",
+    ]
     caught = {}
 
     def catch(tensor, hook):
@@ -293,7 +303,9 @@ def test_gradients_of_factors_follow_from_the_gradient_of_the_write():
     """d loss / d key = Lambda value and d loss / d value = Lambda^T key, once the erase is free of the write."""
     model = tiny_model(seed=1)
     tokens = tokens_of(model)
-    _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss", names_filter=lambda name: ".0.mixer" in name)
+    _, cache = model.run_with_cache(
+        tokens, incl_bwd=True, return_type="loss", names_filter=lambda name: ".0.mixer" in name
+    )
     prefix = "blocks.0.mixer.hook_write"
     write, key, value = cache[f"{prefix}_grad"], cache[f"{prefix}_key"], cache[f"{prefix}_value"]
     assert distance(cache[f"{prefix}_key_grad"], torch.einsum("bphkv,bphv->bphk", write, value)) <= 1e-10

@@ -143,7 +143,12 @@ def test_shapes_of_every_hook():
     for layer in range(3):
         for name, shape in (attention if layer == 1 else mixer).items():
             assert cache[f"blocks.{layer}.{'attn' if layer == 1 else 'mixer'}.hook_{name}"].shape == shape, name
-        for name, width in (("hook_resid_pre", 12), ("ln1.hook_scale", 1), ("ln2.hook_normalized", 12), ("mlp.hook_post", 16)):
+        for name, width in (
+            ("hook_resid_pre", 12),
+            ("ln1.hook_scale", 1),
+            ("ln2.hook_normalized", 12),
+            ("mlp.hook_post", 16),
+        ):
             assert cache[f"blocks.{layer}.{name}"].shape == (*lead, width)
 
 
@@ -152,7 +157,10 @@ def test_the_roles_are_what_the_recurrence_consumes():
     model = tiny_model().requires_grad_(False)
     _, cache = model.run_with_cache(tokens_of(model))
     mixer = model.blocks[0].mixer
-    at = {name: cache[f"blocks.0.mixer.hook_{name}"] for name in "q k v beta log_decay erase probe write_key query".split()}
+    at = {
+        name: cache[f"blocks.0.mixer.hook_{name}"]
+        for name in "q k v beta log_decay erase probe write_key query".split()
+    }
     x = cache["blocks.0.ln1.hook_normalized"]
     log_decay = -mixer.A_log.exp() * torch.nn.functional.softplus(mixer.dt(x) + mixer.dt_bias)
     key = at["k"] / (at["k"].square().sum(-1, keepdim=True) + 1e-6).sqrt()

@@ -68,7 +68,9 @@ def model_size(model):
     cfg, mixer = model.cfg, model.cfg.mixer
     keys, values = mixer.n_key_heads * mixer.d_k, mixer.n_heads * mixer.d_v
     width = 2 * keys + values
-    delta = cfg.d_model * (width + 2 * values + 2 * mixer.n_heads) + width * mixer.conv_size + mixer.d_v + 2 * mixer.n_heads
+    delta = (
+        cfg.d_model * (width + 2 * values + 2 * mixer.n_heads) + width * mixer.conv_size + mixer.d_v + 2 * mixer.n_heads
+    )
     per_layer = delta + 3 * cfg.d_model * cfg.d_mlp + 2 * cfg.d_model
     return cfg.d_vocab * cfg.d_model + cfg.n_layers * per_layer + cfg.d_model
 
@@ -123,7 +125,9 @@ def test_gradients_of_the_chunked_model_equal_those_of_the_stepped_one():
     tokens = tokens_of(model, length=70)
     gradients = []
     for backend in ("step", "chunked"):
-        gradients.append(torch.autograd.grad(model(tokens, return_type="loss", backend=backend), list(model.parameters())))
+        gradients.append(
+            torch.autograd.grad(model(tokens, return_type="loss", backend=backend), list(model.parameters()))
+        )
     for (name, _), stepped, chunked in zip(model.named_parameters(), *gradients, strict=True):
         assert distance(chunked, stepped) <= 1e-9, name
 
@@ -174,7 +178,9 @@ def test_permanent_and_context_hooks(direction, tokens):
     model = tiny_model(HYBRID, seed=1)
     calls = []
     model.add_hook("blocks.0.hook_resid_post", lambda tensor, hook: calls.append(hook.name), dir=direction)
-    model.add_hook(lambda name: name.endswith("1.hook_mlp_out"), lambda tensor, hook: calls.append(hook.name), dir=direction)
+    model.add_hook(
+        lambda name: name.endswith("1.hook_mlp_out"), lambda tensor, hook: calls.append(hook.name), dir=direction
+    )
     model(tokens, return_type="loss").backward()
     assert sorted(calls) == ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
     model.reset_hooks()

@@ -35,7 +35,9 @@ def hook_names(model):
     names = ["hook_embed", "ln_final.hook_normalized"]
     for layer in range(model.cfg.n_layers):
         recurrent = layer in model.cfg.recurrent_layers
-        inside = [f"mixer.{hook}" for hook in FACTOR_HOOKS] if recurrent else [f"attn.{hook}" for hook in ATTENTION_HOOKS]
+        inside = (
+            [f"mixer.{hook}" for hook in FACTOR_HOOKS] if recurrent else [f"attn.{hook}" for hook in ATTENTION_HOOKS]
+        )
         names += [f"blocks.{layer}.{hook}" for hook in [*RESIDUAL_HOOKS, *OTHER_HOOKS, *inside]]
     return names
 

@@ -103,7 +103,12 @@ def test_every_part_matters(kind, as_users_run):
     theirs, ours = pair(kind, "hybrid", 4)
     tokens = tokens_of(3, 65)
     expected = logits_of(theirs, tokens)
-    for name in ("blocks.0.hook_mixer_out", "blocks.3.hook_mixer_out", "blocks.2.hook_mlp_out", "blocks.1.mixer.hook_state"):
+    for name in (
+        "blocks.0.hook_mixer_out",
+        "blocks.3.hook_mixer_out",
+        "blocks.2.hook_mlp_out",
+        "blocks.1.mixer.hook_state",
+    ):
         without = ours.run_with_hooks(tokens, fwd_hooks=[(name, lambda tensor, hook: 0 * tensor)])
         assert distance(without, expected) > 100 * BOUND, name
 
