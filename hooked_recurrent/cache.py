@@ -98,8 +98,8 @@ class RecurrentCache(ActivationCache):
         key, value = factors.write_key, factors.write_value
         if key.ndim == 4:
             key, value = key[:, :, :, None], value[:, :, :, None]
-        head, pos = _forward(head, key.shape[2]), _forward(pos, key.shape[1])
-        return FactoredMatrix(key[:, pos][..., head, :, :].mT, value[:, pos][..., head, :, :])
+        heads, places = _forward(head, key.shape[2]), _forward(pos, key.shape[1])
+        return FactoredMatrix(key[:, places][..., heads, :, :].mT, value[:, places][..., heads, :, :])
 
     def state(self, layer: int, head: int | slice, pos: int | slice) -> Float[Tensor, "batch *pos_head d_k d_v"]:
         """S_t, the state after the write at pos, recomputed from the factors for these heads only.

@@ -216,6 +216,11 @@ class ModelConfig(StrictConfig):
         return self.mixer.d_v
 
     @property
+    def device(self) -> str:
+        """Where transformer_lens's patching tools lay out their tables of numbers; the weights may be anywhere."""
+        return "cpu"
+
+    @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have a matrix memory."""
         return tuple(layer for layer, kind in enumerate(self.layer_types) if kind != ATTENTION)

@@ -139,7 +139,8 @@ def apply_edits(
         if edit.form == "net":
             factors = _without_erase(factors, site)
         if edit.op == "add":
-            added.append((_put(torch.zeros_like(factors.write_key), site, key), _put(torch.zeros_like(factors.write_value), site, value)))
+            none = torch.zeros_like(factors.write_key), torch.zeros_like(factors.write_value)
+            added.append((_put(none[0], site, key), _put(none[1], site, value)))
         elif edit.op == "replace":
             factors = factors.decoupled()
             factors = replace(

@@ -39,7 +39,11 @@ class Clock:
 
 def reads_only(function: Callable) -> Callable:
     """Promise that a hook function returns nothing and leaves its tensor as it was."""
-    function.reads_only = True  # type: ignore[attr-defined]
+    try:
+        function.reads_only = True  # type: ignore[attr-defined]
+    except AttributeError:  # a bound method or a builtin takes no attributes
+        function = partial(function)
+        function.reads_only = True  # type: ignore[attr-defined]
     return function
 
 

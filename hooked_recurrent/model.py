@@ -141,7 +141,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             raise ValueError(f"unknown return_type {return_type!r}; expected one of {RETURN_TYPES}")
         tokens = self._tokens(input)
         whole_text = state is None and not return_state
-        logits, states = self._run(tokens, state, check_edits(edits), (tokens.shape[1],), backend, whole_text)
+        stops, unembed = (tokens.shape[1],), return_type is not None
+        logits, states = self._run(tokens, state, check_edits(edits), stops, backend, whole_text, unembed)
         output: Any = None
         if return_type in ("loss", "both"):
             loss = next_token_loss(logits, tokens, loss_per_token)
@@ -169,7 +170,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             if not start <= position <= start + tokens.shape[1]:
                 raise IndexError(f"snapshot at {position} is out of range: the text spans {start} to {start + tokens.shape[1]}")
         stops = tuple(dict.fromkeys([*(position - start for position in wanted), tokens.shape[1]]))
-        _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False)
+        _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False, unembed=False)
         return {taken.position: taken for taken in states if taken.position in wanted}
 
     def _tokens(self, input: Any) -> Tensor:
@@ -185,8 +186,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         stops: tuple[int, ...],
         backend: str,
         whole_text: bool,
+        unembed: bool,
     ) -> tuple[Tensor, list[RecurrentState]]:
-        """Logits, and the state after each of `stops` tokens."""
+        """Logits (or without `unembed` what they are made of), and the state after each of `stops` tokens."""
         if state is None:
             state = RecurrentState(tuple(LayerState() for _ in self.blocks))
         check_state(state, self.cfg, tokens.shape[0])
@@ -201,12 +203,14 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             for block, layer_state in zip(self.blocks, state.layers, strict=True):
                 resid, layer_states = block(resid, layer_state, call)
                 per_layer.append(layer_states)
-            logits = nn.functional.linear(self.ln_final(resid), self.W_U.T)
-        check_finite(self, logits, tokens, state, edits)
+            final = self.ln_final(resid)
+            if unembed:
+                final = nn.functional.linear(final, self.W_U.T)
+        check_finite(self, final, tokens, state, edits)
         self.last_call = call
         ends = [state.position + stop for stop in stops]
         states = [RecurrentState(layers, end) for layers, end in zip(zip(*per_layer, strict=True), ends, strict=True)]
-        return logits, states
+        return final, states
 
     def run_with_cache(
         self,

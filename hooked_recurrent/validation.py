@@ -44,10 +44,10 @@ def check_state(state: Any, cfg: ModelConfig, batch: int) -> None:
         if not entry.tensors():
             continue
         kind = cfg.layer_types[layer]
+        expected: tuple[int, ...] = (cfg.n_heads, cfg.d_k, cfg.d_v)
+        held = entry.matrix
         if kind == ATTENTION and cfg.attention is not None:
             held, expected = entry.keys, (cfg.attention.n_key_value_heads, cfg.attention.d_head)
-        else:
-            held, expected = entry.matrix, (cfg.n_heads, cfg.d_k, cfg.d_v)
         if held is None:
             names = " and ".join(entry.tensors())
             raise ValueError(f"layer {layer} of the state holds {names}, but this layer of the model is {kind!r}")

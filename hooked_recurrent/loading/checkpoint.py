@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,11 +55,13 @@ class FolderCheckpoint:
     def __init__(self, folder: Path):
         self.origin = str(folder)
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            where = json.loads(index.read_text())["weight_map"]
-            files = {name: folder / file for name, file in where.items()}
-        elif single.is_file():
+        if single.is_file():  # before an index, as in transformers: shards of an older model may lie beside it
             files = dict.fromkeys(self._open(single).keys(), single)
+        elif index.is_file():
+            where = read_mapping(index, "index of shards").get("weight_map")
+            if not isinstance(where, dict):
+                raise ValueError(f"{index} is no index of shards: it has no weight_map")
+            files = {name: folder / file for name, file in where.items()}
         else:
             present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise FileNotFoundError(f"{folder} holds no model.safetensors (nor an index of shards); it holds {present}")
@@ -121,12 +123,15 @@ class TorchCheckpoint:
         return self.tensors[name].clone()
 
 
-def open_folder(folder: Path) -> Checkpoint:
-    """The weights of a local folder: safetensors where there are any, else `pytorch_model.bin`."""
-    pickled = folder / "pytorch_model.bin"
-    if pickled.is_file() and not any(folder.glob("model.safetensors*")):
-        return TorchCheckpoint(pickled)
-    return FolderCheckpoint(folder)
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object of a file; anything else is one clear error that says what it should have been."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the encoding or of the JSON
+        raise ValueError(f"{path} is no {what}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no {what}: it holds a {type(values).__name__}")
+    return values
 
 
 @dataclass(frozen=True)

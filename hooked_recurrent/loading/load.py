@@ -13,7 +13,15 @@ from torch import nn
 
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.loading import mamba2, qwen
-from hooked_recurrent.loading.checkpoint import Checkpoint, MemoryCheckpoint, export, fill, open_folder
+from hooked_recurrent.loading.checkpoint import (
+    Checkpoint,
+    FolderCheckpoint,
+    MemoryCheckpoint,
+    TorchCheckpoint,
+    export,
+    fill,
+    read_mapping,
+)
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models
 
@@ -38,6 +46,14 @@ def load_pretrained(
     folder = _find_folder(name)
     model_type, cfg = _read_config(folder, str(name))
     return _build(model_type, cfg, open_folder(folder), _load_tokenizer(folder), dtype, device)
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The weights of a local folder: safetensors where there are any, else `pytorch_model.bin`."""
+    pickled = folder / "pytorch_model.bin"
+    if pickled.is_file() and not any(folder.glob("model.safetensors*")):
+        return TorchCheckpoint(pickled)
+    return FolderCheckpoint(folder)
 
 
 def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentModel:
@@ -73,7 +89,7 @@ def _read_config(folder: Path, name: str) -> tuple[str, ModelConfig]:
     """The model type of a folder, which names its family, and our config."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no model folder in transformers' layout")
-    raw = json.loads((folder / "config.json").read_text())
+    raw = read_mapping(folder / "config.json", "model config")
     if mamba2.is_original(raw):
         return mamba2.SAVED_AS, mamba2.config_from_original(raw, name)
     family = _family(raw.get("model_type"))
@@ -119,7 +135,7 @@ def _family(model_type: str | None) -> Any:
 
 def _find_folder(name: str | Path) -> Path:
     path = Path(name).expanduser()
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
     bundled = bundled_models()
     if str(name) in bundled:

@@ -5,6 +5,7 @@ of a multimodal checkpoint. Ignored: `model.visual.*` (vision tower) and `mtp.*`
 name: mixture-of-experts layers, activations other than SiLU, scaled rotary embeddings.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": attention.rope_theta,
-            "partial_rotary_factor": attention.rotary_dims / attention.d_head,
+            "partial_rotary_factor": _factor(attention.rotary_dims, attention.d_head),
         },
         "linear_num_value_heads": mixer.n_heads,
         "linear_num_key_heads": mixer.n_key_heads,
@@ -110,6 +111,12 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tied_embeddings,
         "dtype": "float32",
     }
+
+
+def _factor(part: int, whole: int) -> float:
+    """part / whole, such that int(whole * factor), which is how readers undo it, is part again."""
+    factor = part / whole
+    return factor if int(whole * factor) == part else math.nextafter(factor, 2.0)
 
 
 def ignored(name: str) -> bool:

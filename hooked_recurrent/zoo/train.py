@@ -79,7 +79,8 @@ RECIPES: dict[str, Recipe] = {
             tied_embeddings=True,
             n_ctx=1024,
             model_name="tiny-gated-deltanet",
-        )
+        ),
+        steps=3800,
     ),
 }
 

@@ -58,7 +58,12 @@ def test_write_and_state_equal_the_cached_matrices(layer_types, head, pos, start
         tokens = tokens[:, 6:]
     if edited:
         delete = WriteEdit(0, 1, slice(3, 8), "delete", form="net")
-        options["edits"] = [added_write(0, 9), added_write(last, slice(5, 9), 1), added_write(0, slice(2, None), 2), delete]
+        options["edits"] = [
+            added_write(0, 9),
+            added_write(last, slice(5, 9), 1),
+            added_write(0, slice(2, None), 2),
+            delete,
+        ]
     cached = matrices(model, tokens, **options)
     _, cache = model.run_with_cache(tokens, **options)
     for layer in model.cfg.recurrent_layers:
@@ -253,11 +258,12 @@ def test_gradients_equal_autograd(layer_types):
     model = tiny_model(layer_types, seed=1)
     tokens = tokens_of(model)
     _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss")
-    last = model.cfg.recurrent_layers[-1]
-    names = [f"blocks.{layer}.mixer.hook_{role}" for layer in (0, last) for role in ("write_key", "write_value", "query")]
-    names += [f"blocks.{layer}.mixer.hook_{role}" for layer in (0, last) for role in ("log_decay", "k", "v", "erase", "probe")]
-    names += ["blocks.1.attn.hook_q", "blocks.1.attn.hook_pattern", "blocks.0.hook_resid_post", "blocks.0.ln1.hook_scale"]
-    names = [name for name in ["hook_embed", *names] if name in model.hook_dict]
+    layers = (0, model.cfg.recurrent_layers[-1])
+    roles = ("write_key", "write_value", "query", "log_decay", "k", "v", "erase", "probe")
+    names = [f"blocks.{layer}.mixer.hook_{role}" for layer in layers for role in roles]
+    names += ["hook_embed", "blocks.1.attn.hook_q", "blocks.1.attn.hook_pattern"]
+    names += ["blocks.0.hook_resid_post", "blocks.0.ln1.hook_scale"]
+    names = [name for name in names if name in model.hook_dict]
     caught = {}
 
     def catch(tensor, hook):
@@ -303,7 +309,9 @@ def test_gradients_of_factors_follow_from_the_gradient_of_the_write(rule):
     """d loss / d key = Lambda value and d loss / d value = Lambda^T key, once the erase is free of the write."""
     model = tiny_model((rule, rule), seed=1)
     tokens = tokens_of(model)
-    _, cache = model.run_with_cache(tokens, incl_bwd=True, return_type="loss", names_filter=lambda name: ".0.mixer" in name)
+    _, cache = model.run_with_cache(
+        tokens, incl_bwd=True, return_type="loss", names_filter=lambda name: ".0.mixer" in name
+    )
     prefix = "blocks.0.mixer.hook_write"
     write, key, value = cache[f"{prefix}_grad"], cache[f"{prefix}_key"], cache[f"{prefix}_value"]
     assert distance(cache[f"{prefix}_key_grad"], torch.einsum("bphkv,bphv->bphk", write, value)) <= 1e-10

@@ -37,9 +37,7 @@ def test_every_role_covers_the_same_positions(role, as_users_run):
         replace(factors, **{role: getattr(factors, role)[:, :6]})
 
 
-@pytest.mark.parametrize(
-    ("role", "width"), [("write_key", 4), ("erase", 4), ("probe", 4), ("log_decay", 4)]
-)
+@pytest.mark.parametrize(("role", "width"), [("write_key", 4), ("erase", 4), ("probe", 4), ("log_decay", 4)])
 def test_key_sides_have_the_key_width(role, width, as_users_run):
     factors = random_factors(d_k=3, erase="decoupled", vector_decay=True)
     wrong = torch.zeros(2, 7, 2, width, dtype=torch.float64)
@@ -68,7 +66,9 @@ def test_decoupled_writes_the_tied_erase_out():
 def test_write_matrix_is_the_sum_of_outer_products():
     one, three = random_factors(), random_factors(terms=3)
     assert one.write_matrix().shape == three.write_matrix().shape == (2, 7, 2, 3, 5)
-    expected = sum(torch.einsum("bphk,bphv->bphkv", three.write_key[..., m, :], three.write_value[..., m, :]) for m in range(3))
+    expected = sum(
+        torch.einsum("bphk,bphv->bphkv", three.write_key[..., m, :], three.write_value[..., m, :]) for m in range(3)
+    )
     assert distance(three.write_matrix(), expected) <= 1e-15
     by_hand = torch.outer(one.write_key[1, 4, 0], one.write_value[1, 4, 0])
     assert torch.equal(one.write_matrix()[1, 4, 0], by_hand)
@@ -84,7 +84,12 @@ def test_slices_of_positions_and_heads():
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
 )
 def test_states_are_never_narrower_than_float32(dtype, expected):
     assert state_dtype(dtype) == expected

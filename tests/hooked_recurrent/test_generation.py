@@ -129,9 +129,9 @@ def test_samples_follow_the_distribution():
     logits = model(tokens)[0, -1]
     best = logits.topk(5)
     expected = torch.zeros_like(logits).index_put((best.indices,), (best.values / 0.7).softmax(-1))
-    draws = model.generate(
-        tokens.expand(1500, -1), max_new_tokens=1, do_sample=True, temperature=0.7, top_k=5, seed=0
-    )[:, -1]
+    draws = model.generate(tokens.expand(1500, -1), max_new_tokens=1, do_sample=True, temperature=0.7, top_k=5, seed=0)[
+        :, -1
+    ]
     measured = torch.bincount(draws, minlength=29) / 1500
     spread = (expected * (1 - expected) / 1500).sqrt()
     assert ((measured - expected).abs() <= 4 * spread).all()
@@ -173,7 +173,10 @@ BAD_CALLS = {
     "no tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     "return type": ({"return_type": "text"}, "unknown return_type 'text'; expected 'input', 'tokens' or 'str'"),
     "temperature": ({"do_sample": True, "temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
-    "nan temperature": ({"do_sample": True, "temperature": float("nan")}, "temperature must be greater than 0, got nan"),
+    "nan temperature": (
+        {"do_sample": True, "temperature": float("nan")},
+        "temperature must be greater than 0, got nan",
+    ),
     "top_k": ({"do_sample": True, "top_k": 30}, "top_k must be between 1 and 29, got 30"),
     "no top_k": ({"do_sample": True, "top_k": 0}, "top_k must be between 1 and 29, got 0"),
     "str": ({"return_type": "str"}, "this model has no tokenizer"),

@@ -47,7 +47,9 @@ def same(one, other, tolerance=0.0):
         for name, tensor in mine.tensors().items():
             theirs_too = theirs.tensors()[name]
             assert theirs_too.dtype == tensor.dtype and theirs_too.shape == tensor.shape, name
-            assert torch.equal(tensor, theirs_too) if tolerance == 0 else distance(theirs_too, tensor) <= tolerance, name
+            assert torch.equal(tensor, theirs_too) if tolerance == 0 else distance(theirs_too, tensor) <= tolerance, (
+                name
+            )
 
 
 def test_what_a_state_holds(state):
@@ -61,7 +63,9 @@ def test_what_a_state_holds(state):
 
 
 @over_stacks
-@pytest.mark.parametrize("edits", [(), (WriteEdit(0, 1, 4, "delete"), WriteEdit(0, 2, 9, "delete"))], ids=["plain", "edited"])
+@pytest.mark.parametrize(
+    "edits", [(), (WriteEdit(0, 1, 4, "delete"), WriteEdit(0, 2, 9, "delete"))], ids=["plain", "edited"]
+)
 @pytest.mark.parametrize("start", [0, 3])
 def test_snapshots_equal_the_states_of_truncated_runs(layer_types, edits, start):
     model = model_of(layer_types)
@@ -126,7 +130,9 @@ def test_forks_go_their_own_ways(model, tokens, state):
         assert distance(logits[[head]], alone) <= EXACT
 
 
-@pytest.mark.parametrize("rows", [1, -1, slice(0, 2), [2, 0], torch.tensor([2, 2, 1]), torch.tensor([True, False, True])], ids=str)
+@pytest.mark.parametrize(
+    "rows", [1, -1, slice(0, 2), [2, 0], torch.tensor([2, 2, 1]), torch.tensor([True, False, True])], ids=str
+)
 def test_index_takes_rows(model, tokens, state, rows):
     chosen = state.index(rows)
     picked = torch.arange(3)[[rows] if isinstance(rows, int) else rows]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hooked_recurrent import HookedRecurrentModel
-from hooked_recurrent.loading.checkpoint import FolderCheckpoint, TorchCheckpoint, open_folder
+from hooked_recurrent.loading.checkpoint import FolderCheckpoint, TorchCheckpoint
+from hooked_recurrent.loading.load import open_folder
 from tests.hooked_recurrent.loading.official_mamba2 import official, save_original
 
 

@@ -36,7 +36,9 @@ def test_auto_steps_single_tokens_and_chunks_the_rest(monkeypatch, length, asked
     ran = []
     for name in ("step", "chunked"):
         original = getattr(dispatch, f"{name}_scan")
-        monkeypatch.setattr(dispatch, f"{name}_scan", lambda *a, n=name, o=original, **k: (ran.append(n), o(*a, **k))[1])
+        monkeypatch.setattr(
+            dispatch, f"{name}_scan", lambda *a, n=name, o=original, **k: (ran.append(n), o(*a, **k))[1]
+        )
     scan(random_factors(length), **asked)
     assert ran == [expected]
 

@@ -86,7 +86,9 @@ def test_beta_one_without_decay_replaces_what_the_key_finds(vector_decay):
 @pytest.mark.parametrize("vector_decay", [False, True])
 @pytest.mark.parametrize("erase", ["none", "tied", "decoupled"])
 def test_float32_stays_near_float64(erase, vector_decay, strong):
-    narrow = random_factors(200, d_k=8, d_v=6, erase=erase, vector_decay=vector_decay, strong=strong, dtype=torch.float32)
+    narrow = random_factors(
+        200, d_k=8, d_v=6, erase=erase, vector_decay=vector_decay, strong=strong, dtype=torch.float32
+    )
     wide = narrow.map(torch.Tensor.double)
     initial = random_state(narrow)
     expected = step_scan(wide, initial.double())

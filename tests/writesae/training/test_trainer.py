@@ -47,14 +47,13 @@ def calibrated(config, batches):
     return sae
 
 
-@pytest.mark.parametrize(("k", "rank", "center", "share"), [(1, 1, False, 0.9), (3, 1, True, 0.9), (1, 2, False, 0.7)])
-def test_planted_atoms_are_found_again(k, rank, center, share):
-    # A rank-2 atom has room for two planted ones, and some take it.
+@pytest.mark.parametrize(("k", "rank", "center"), [(1, 1, False), (3, 1, False), (1, 1, True), (1, 2, False)])
+def test_planted_atoms_are_found_again(k, rank, center):
     keys, values, batches = planted()
     sae = calibrated(WriteSAEConfig(d_k=16, d_v=12, n_atoms=48, k=k, rank=rank, center=center), batches)
     assert found(sae, keys, values) < 0.1
-    log = fit(sae, batches, TrainConfig(steps=500, batch_size=128, lr=1e-2, dead_after=30, resample_every=50))
-    assert found(sae, keys, values) > share
+    log = fit(sae, batches, TrainConfig(steps=350, batch_size=128, lr=1e-2, dead_after=30, resample_every=50))
+    assert found(sae, keys, values) > 0.9
     assert log[-1]["fvu"] < 0.05 < 0.5 < log[0]["fvu"]
     assert (sae.atom_norms() - 1).abs().max() < 1e-5
 
@@ -67,7 +66,7 @@ def test_dead_atoms_are_revived():
         with torch.no_grad():
             sae.encoder.bias[:40] = -5.0  # these can never fire by themselves
         every, weight = (50, 1.0) if revive else (0, 0.0)
-        config = TrainConfig(steps=300, batch_size=128, lr=1e-2, dead_after=20, resample_every=every, aux_weight=weight)
+        config = TrainConfig(steps=250, batch_size=128, lr=1e-2, dead_after=20, resample_every=every, aux_weight=weight)
         fit(sae, batches, config)
         shares.append(found(sae, keys, values))
     assert shares[0] < 0.3 and shares[1] > 0.8
@@ -134,7 +133,7 @@ def test_train_on_a_model_by_hook_name(tmp_path, cache_bytes):
     tokens = tokens_of(model, batch=12, length=20)
     text = Passages(tokens, ("a.py",) * 12, (0,) * 12, "train", "f00d", 3, 1, 0)
     config = TrainConfig(
-        steps=150, batch_size=64, cache_bytes=cache_bytes, buffer_writes=128, passages_per_forward=5, log_every=5
+        steps=100, batch_size=64, cache_bytes=cache_bytes, buffer_writes=128, passages_per_forward=5, log_every=5
     )
     told = []
     result = train(
@@ -149,7 +148,7 @@ def test_train_on_a_model_by_hook_name(tmp_path, cache_bytes):
     )
     assert result.log[-1]["loss"] < 0.8 * result.log[0]["loss"]
     assert set(result.metrics) == {"train", "heldout"} and result.metrics["heldout"]["n_writes"] == 16
-    assert told[-1] == ("steps", 150, 150) and (("writes", 12, 12) in told) == bool(cache_bytes)
+    assert told[-1] == ("steps", 100, 100) and (("writes", 12, 12) in told) == bool(cache_bytes)
     loaded = WriteSAE.load(result.sae.save(tmp_path / "sae"))
     origin = loaded.provenance
     assert (origin["hook"], origin["layer"], origin["head"], origin["layout"]) == (HOOK, 1, 2, "key_first")
