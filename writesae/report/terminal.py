@@ -62,9 +62,9 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
     floor = max(row["floor_max"] for row in summary)
     table = Table(
         title=f"replacement test, layer {cell[0]}, head {cell[1]}: {summary[0]['n']} firings",
-        caption="A win: the atom moves the output less than deleting the write does. An atom stands at its coefficient, or at the native write's norm. KL(edited || native): medians in nats. "
-        "Intervals: bootstrap over passages. The native write put back "
-        f"in its place: at most {floor:.0e} nats.",
+        caption="A win: the atom moves the output less than deleting the write does. An atom stands at its coefficient, "
+        "or at the native write's norm. KL(edited || native): medians in nats. Intervals: bootstrap over passages. "
+        f"The native write put back in its place: at most {floor:.0e} nats.",
         box=SIMPLE_HEAD,
     )
     for heading in ("logits", "atom", "wins", "95%", "KL atom", "delete", "random"):
