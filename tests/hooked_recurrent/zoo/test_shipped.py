@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models, describe_models
 from hooked_recurrent.zoo.corpus import standard_library
