@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from hooked_recurrent.layers.norm import GatedRMSNorm, RMSNorm, l2_normalize
-
-qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
 
 def randomised(module):
