@@ -74,12 +74,16 @@ class WriteEdit:
             return
         if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim not in (1, 2, 3):
             came = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(f"the {name} of the edit at {self.where} is {came}, expected a float tensor [d] to [rows, pos, d]")
+            raise ValueError(
+                f"the {name} of the edit at {self.where} is {came}, expected a float tensor [d] to [rows, pos, d]"
+            )
         if not torch.isfinite(given).all():
             raise ValueError(f"the {name} of the edit at {self.where} holds NaN or Inf")
         count = _count(self.position)
         if given.ndim > 1 and count is not None and given.shape[-2] not in (1, count):
-            raise ValueError(f"the {name} of the edit at {self.where} is for {given.shape[-2]} positions, not for {count}")
+            raise ValueError(
+                f"the {name} of the edit at {self.where} is for {given.shape[-2]} positions, not for {count}"
+            )
 
     @property
     def where(self) -> str:
@@ -91,13 +95,17 @@ class WriteEdit:
         if not 0 <= self.layer < cfg.n_layers:
             raise IndexError(f"layer {self.layer} is out of range: the model has layers 0 to {cfg.n_layers - 1}")
         if self.layer not in cfg.recurrent_layers:
-            raise ValueError(f"layer {self.layer} is softmax attention; the recurrent layers are {cfg.recurrent_layers}")
+            raise ValueError(
+                f"layer {self.layer} is softmax attention; the recurrent layers are {cfg.recurrent_layers}"
+            )
         if not 0 <= self.head < cfg.n_heads:
             raise IndexError(f"head {self.head} is out of range: the layer has heads 0 to {cfg.n_heads - 1}")
         for name, width in (("key", cfg.d_k), ("value", cfg.d_v)):
             given = getattr(self, name)
             if given is not None and given.shape[-1] != width:
-                raise ValueError(f"the {name} of the edit at {self.where} has width {given.shape[-1]}, expected {width}")
+                raise ValueError(
+                    f"the {name} of the edit at {self.where} has width {given.shape[-1]}, expected {width}"
+                )
         if end is not None and self._highest() >= end:
             raise IndexError(f"position {self._highest()} is out of range: the text ends before position {end}")
 
@@ -180,7 +188,9 @@ def _rows(edit: WriteEdit, batch: int) -> Tensor:
     rows = torch.arange(batch) if edit.batch is None else torch.as_tensor(edit.batch).reshape(-1)
     outside = rows[(rows < 0) | (rows >= batch)]
     if len(outside):
-        raise IndexError(f"batch row {int(outside[0])} of the edit at {edit.where} is out of range: the batch has {batch}")
+        raise IndexError(
+            f"batch row {int(outside[0])} of the edit at {edit.where} is out of range: the batch has {batch}"
+        )
     return rows
 
 

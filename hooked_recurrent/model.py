@@ -168,7 +168,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         wanted = sorted({int(position) for position in positions})
         for position in wanted:
             if not start <= position <= start + tokens.shape[1]:
-                raise IndexError(f"snapshot at {position} is out of range: the text spans {start} to {start + tokens.shape[1]}")
+                raise IndexError(
+                    f"snapshot at {position} is out of range: the text spans {start} to {start + tokens.shape[1]}"
+                )
         stops = tuple(dict.fromkeys([*(position - start for position in wanted), tokens.shape[1]]))
         _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False, unembed=False)
         return {taken.position: taken for taken in states if taken.position in wanted}
@@ -279,5 +281,3 @@ def next_token_loss(
         raise ValueError("a loss needs at least two tokens")
     loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return loss.unflatten(0, (tokens.shape[0], -1)) if per_token else loss.mean()
-
-

@@ -152,7 +152,9 @@ class RecurrentState:
             came = about.get("format")
             raise ValueError(f"{path} is no saved RecurrentState: its format is {came!r}, not {FORMAT!r}")
         layers: list[dict[str, Tensor]] = [{} for _ in range(int(about["n_layers"]))]
-        places = {f"layers.{index}.{f.name}": (index, f.name) for index in range(len(layers)) for f in fields(LayerState)}
+        places = {
+            f"layers.{index}.{f.name}": (index, f.name) for index in range(len(layers)) for f in fields(LayerState)
+        }
         for name, tensor in tensors.items():
             if name not in places:
                 raise ValueError(f"{path} is no saved RecurrentState: it holds a tensor {name!r}")

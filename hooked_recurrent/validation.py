@@ -53,7 +53,9 @@ def check_state(state: Any, cfg: ModelConfig, batch: int) -> None:
             raise ValueError(f"layer {layer} of the state holds {names}, but this layer of the model is {kind!r}")
         if held.shape[-len(expected) :] != expected:
             came = tuple(held.shape[-len(expected) :])
-            raise ValueError(f"layer {layer} of the state has heads of shape {came}, this layer of the model {expected}")
+            raise ValueError(
+                f"layer {layer} of the state has heads of shape {came}, this layer of the model {expected}"
+            )
 
 
 def check_edits(edits: Any) -> tuple[WriteEdit, ...]:

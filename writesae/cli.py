@@ -187,7 +187,7 @@ def replace(
 @app.command()
 def models(as_json: Json = False) -> None:
     """The models that ship with the package: rule, sizes, and what is known of each from its own evaluation."""
-    from hooked_recurrent.zoo.bundled import describe_models
+    from hooked_recurrent.loading.describe import describe_models
 
     described = describe_models()
     if as_json:

@@ -49,7 +49,11 @@ class GatedAttention(nn.Module):
         return self.out.weight.T.unflatten(0, (self.cfg.n_heads, self.cfg.d_head))
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, positions: Int[Tensor, "pos"], stops: tuple[int, ...]
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        state: LayerState,
+        positions: Int[Tensor, "pos"],
+        stops: tuple[int, ...],
     ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerState]]:
         """Attend over the cached and the new positions; also the cache after each of `stops` new positions."""
         cfg = self.cfg
@@ -75,7 +79,9 @@ class GatedAttention(nn.Module):
         visible = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(past)
         if not (self.hook_attn_scores.in_use or self.hook_pattern.in_use):
             mask = None if length == 1 else visible
-            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=group > 1)
+            attended = nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, enable_gqa=group > 1
+            )
             return attended.transpose(1, 2)
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         scores = self.hook_attn_scores((query @ key.mT * self.cfg.d_head**-0.5).masked_fill(~visible, -torch.inf))

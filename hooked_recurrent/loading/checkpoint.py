@@ -174,7 +174,9 @@ def fill(
             raise ValueError(f"tensor {entry.theirs!r} has shape {tuple(tensor.shape)}, its config asks for {expected}")
         for name, part in zip(entry.ours, entry.split(tensor), strict=True):
             owner, _, leaf = name.rpartition(".")
-            weight = part.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=len(entry.ours) > 1)
+            weight = part.to(
+                device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=len(entry.ours) > 1
+            )
             setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
             unfilled.discard(name)
     if unfilled:

@@ -44,7 +44,7 @@ def load_pretrained(
         FileNotFoundError: for a folder without config or weights.
     """
     folder = _find_folder(name)
-    model_type, cfg = _read_config(folder, str(name))
+    model_type, cfg = read_config(folder, str(name))
     return _build(model_type, cfg, open_folder(folder), _load_tokenizer(folder), dtype, device)
 
 
@@ -71,7 +71,9 @@ def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
     """Write the model in transformers' layout, each file atomically; returns the folder."""
     family = next((family for family in FAMILIES.values() if model.cfg.mixer.rule == family.RULE), None)
     if family is None:
-        raise ValueError(f"transformers has no layout for models of rule {model.cfg.mixer.rule!r}, so it cannot be saved")
+        raise ValueError(
+            f"transformers has no layout for models of rule {model.cfg.mixer.rule!r}, so it cannot be saved"
+        )
     config = family.config_to_hf(model.cfg) | {"dtype": str(model.dtype).removeprefix("torch.")}
     tensors = export(model, family.entries(model.cfg, [], family.SAVED_AS))
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
     return folder
 
 
-def _read_config(folder: Path, name: str) -> tuple[str, ModelConfig]:
+def read_config(folder: Path, name: str) -> tuple[str, ModelConfig]:
     """The model type of a folder, which names its family, and our config."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no model folder in transformers' layout")

@@ -28,7 +28,14 @@ ORIGINAL_EPS = 1e-5
 # ssm_cfg: what may stand there, and what is assumed where it does not. The second row only matters to training.
 ORIGINAL_DEFAULTS: dict[str, Any] = {
     **{"layer": "Mamba1", "d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "bias": False},
-    **{"conv_bias": True, "dt_limit": NO_LIMIT, "norm_before_gate": False, "rmsnorm": True, "D_has_hdim": False, "d_ssm": None},
+    **{
+        "conv_bias": True,
+        "dt_limit": NO_LIMIT,
+        "norm_before_gate": False,
+        "rmsnorm": True,
+        "D_has_hdim": False,
+        "d_ssm": None,
+    },
 }
 TRAINING_ONLY = {"A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path"}
 
@@ -77,7 +84,11 @@ def config_from_original(raw: Mapping[str, Any], name: str) -> ModelConfig:
     """Our config from the config.json of state-spaces/mamba; refuses what this family does not cover, by name."""
     ssm = ORIGINAL_DEFAULTS | dict(raw["ssm_cfg"])
     _refuse_original(raw, ssm)
-    inner, vocabulary, multiple = ssm["expand"] * raw["d_model"], raw["vocab_size"], raw.get("pad_vocab_size_multiple", 8)
+    inner, vocabulary, multiple = (
+        ssm["expand"] * raw["d_model"],
+        raw["vocab_size"],
+        raw.get("pad_vocab_size_multiple", 8),
+    )
     if not isinstance(inner, int) or inner % ssm["headdim"]:
         raise ValueError(f"headdim {ssm['headdim']} does not divide expand * d_model = {inner}")
     return ModelConfig(
@@ -110,7 +121,10 @@ def _refuse_original(raw: Mapping[str, Any], ssm: Mapping[str, Any]) -> None:
     refusals = [
         (bool(unknown), f"ssm_cfg has options that are not known here: {', '.join(unknown)}"),
         (ssm["layer"] != "Mamba2", f"layers of type {ssm['layer']!r} are not supported, only 'Mamba2'"),
-        (bool(raw.get("attn_layer_idx")), f"softmax layers (attn_layer_idx {raw.get('attn_layer_idx')}) are not supported"),
+        (
+            bool(raw.get("attn_layer_idx")),
+            f"softmax layers (attn_layer_idx {raw.get('attn_layer_idx')}) are not supported",
+        ),
         (bool(raw.get("d_intermediate")), f"MLPs (d_intermediate {raw.get('d_intermediate')}) are not supported"),
         (not raw.get("rms_norm", True), "rms_norm=false is not supported: only RMSNorm on the residual stream"),
         (not ssm["rmsnorm"], "rmsnorm=false is not supported: the gated norm is needed"),
@@ -126,13 +140,17 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a `mamba2` checkpoint that transformers and this package load."""
     mixer = cfg.mixer
     if not isinstance(mixer, Mamba2Config) or cfg.d_mlp is not None or cfg.attention is not None or cfg.norm_offset:
-        raise ValueError("the mamba2 layout holds blocks of a Mamba-2 mixer and a plain norm alone; this model has others")
+        raise ValueError(
+            "the mamba2 layout holds blocks of a Mamba-2 mixer and a plain norm alone; this model has others"
+        )
     if cfg.norm_eps != mixer.norm_eps:
         raise ValueError("the mamba2 layout has one epsilon for every norm; this model has several")
     if mixer.norm_before_gate:
         raise ValueError("the mamba2 layout normalises after the gate; this model does so before (norm_before_gate)")
     if (mixer.n_heads * mixer.d_v) % cfg.d_model:
-        raise ValueError(f"the mamba2 layout needs heads {mixer.n_heads} x {mixer.d_v} in whole multiples of {cfg.d_model}")
+        raise ValueError(
+            f"the mamba2 layout needs heads {mixer.n_heads} x {mixer.d_v} in whole multiples of {cfg.d_model}"
+        )
     return {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": SAVED_AS,
@@ -190,9 +208,7 @@ def _mixer_entries(cfg: Mamba2Config, theirs: str, ours: str) -> Iterator[Entry]
         parts = tuple(f"{ours}{part}.{leaf}" for part in ("gate", "vkq", "dt"))
         yield Entry(f"{theirs}in_proj.{leaf}", parts, split, join)
         yield Entry(f"{theirs}out_proj.{leaf}", (f"{ours}out.{leaf}",))
-    yield Entry(
-        f"{theirs}conv1d.weight", (f"{ours}conv.weight",), lambda t: (t.squeeze(1),), lambda t: t.unsqueeze(1)
-    )
+    yield Entry(f"{theirs}conv1d.weight", (f"{ours}conv.weight",), lambda t: (t.squeeze(1),), lambda t: t.unsqueeze(1))
     if cfg.conv_bias:
         yield Entry(f"{theirs}conv1d.bias", (f"{ours}conv.bias",))
     for part in ("dt_bias", "A_log", "D", "norm.weight"):

@@ -77,8 +77,15 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The config.json of a `qwen3_5_text` checkpoint that transformers and this package load."""
     kinds = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
     mixer = cfg.mixer
-    if not isinstance(mixer, GatedDeltaNetConfig) or cfg.d_mlp is None or cfg.norm_offset != 1.0 or cfg.residual_in_fp32:
-        raise ValueError("the qwen3_5_text layout is Gated DeltaNet with MLPs and zero-centred norms; this model differs")
+    if (
+        not isinstance(mixer, GatedDeltaNetConfig)
+        or cfg.d_mlp is None
+        or cfg.norm_offset != 1.0
+        or cfg.residual_in_fp32
+    ):
+        raise ValueError(
+            "the qwen3_5_text layout is Gated DeltaNet with MLPs and zero-centred norms; this model differs"
+        )
     # A stack without softmax layers still has to say what they would be.
     attention = cfg.attention or AttentionConfig(mixer.n_heads, mixer.n_heads, 64, 16)
     if cfg.norm_eps != mixer.norm_eps or (cfg.attention and cfg.norm_eps != attention.norm_eps):
@@ -171,9 +178,7 @@ def _delta_net_entries(cfg: GatedDeltaNetConfig, theirs: str, ours: str, model_t
     else:
         for part, name in (("qkv", "qkv"), ("z", "gate"), ("b", "beta"), ("a", "dt")):
             yield Entry(f"{theirs}in_proj_{part}.weight", (f"{ours}{name}.weight",))
-    yield Entry(
-        f"{theirs}conv1d.weight", (f"{ours}conv.weight",), lambda t: (t.squeeze(1),), lambda t: t.unsqueeze(1)
-    )
+    yield Entry(f"{theirs}conv1d.weight", (f"{ours}conv.weight",), lambda t: (t.squeeze(1),), lambda t: t.unsqueeze(1))
     yield Entry(f"{theirs}dt_bias", (f"{ours}dt_bias",))
     yield Entry(f"{theirs}A_log", (f"{ours}A_log",))
     yield Entry(f"{theirs}norm.weight", (f"{ours}norm.weight",))

@@ -168,7 +168,9 @@ def hooks_one_by_one():
     """(layers, hook): every hook of a lower block of every rule, and those of the hybrid's softmax layer."""
     for rule in RULES:
         names = model_of((rule, rule), 0).hook_dict
-        yield from (pytest.param((rule, rule), name, id=f"{rule}-{name}") for name in names if name.startswith("blocks.0."))
+        yield from (
+            pytest.param((rule, rule), name, id=f"{rule}-{name}") for name in names if name.startswith("blocks.0.")
+        )
     names = model_of(HYBRID, 0).hook_dict
     yield from (pytest.param(HYBRID, name, id=name) for name in names if name.startswith("blocks.1.attn."))
 

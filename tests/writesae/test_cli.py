@@ -59,7 +59,7 @@ def test_replace_prints_a_table(trained):
         "replace", "--sae", trained[0], "--firings", "4", "--passages", "20", "--length", "64", "--horizon", "2"
     )
     assert result.exit_code == 0, result.output
-    assert "beats" in result.stdout
+    assert "strongest" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,21 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
         title="bundled models",
         caption="bits per byte: on held-out files of the Python standard library",
         box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    for heading in ("name", "family", "layers", "d_model", "heads", "d_k x d_v", "parameters", "bits per byte"):
-        table.add_column(heading, justify="left" if heading in ("name", "family") else "right")
+    for heading in ("name", "rule", "layers", "heads", "d_k x d_v", "size", "bits/byte"):
+        left = heading in ("name", "rule")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for row in rows:
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}"
-        sizes = [str(row[key]) for key in ("layers", "d_model", "heads")]
-        shape = f"{row['d_k']} x {row['d_v']}"
-        table.add_row(row["name"], row["family"], *sizes, shape, f"{row['parameters'] / 1e6:.2f} M", bits)
+        sizes = (
+            str(row["layers"]),
+            str(row["heads"]),
+            f"{row['d_k']} x {row['d_v']}",
+            f"{row['parameters'] / 1e6:.2f} M",
+        )
+        table.add_row(row["name"], row["rule"], *sizes, bits)
     return table
 
 
@@ -55,12 +62,12 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
     floor = max(row["floor_max"] for row in summary)
     table = Table(
         title=f"replacement test, layer {cell[0]}, head {cell[1]}: {summary[0]['n']} firings",
-        caption="An atom stands at its coefficient, or at the native write's norm. KL(edited || native): medians in nats. "
-        "Intervals: bootstrap over passages. The native write put back "
-        f"in its place: at most {floor:.0e} nats.",
+        caption="A win: the atom moves the output less than deleting the write does. An atom stands at its coefficient, "
+        "or at the native write's norm. KL(edited || native): medians in nats. Intervals: bootstrap over passages. "
+        f"The native write put back in its place: at most {floor:.0e} nats.",
         box=SIMPLE_HEAD,
     )
-    for heading in ("logits", "atom", "beats deletion", "95%", "KL atom", "delete", "random"):
+    for heading in ("logits", "atom", "wins", "95%", "KL atom", "delete", "random"):
         table.add_column(heading, justify="left" if heading in ("logits", "atom") else "right")
     before = None
     for row in summary:
@@ -69,7 +76,7 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
         low, high = row["by_passage"]
         table.add_row(
             READINGS.get(row["reading"], row["reading"]) if row["reading"] != before else "",
-            POOLS[row["pool"]] + ("" if row["scale"] == "coef" else " at norm"),
+            POOLS[row["pool"]] + ("" if row["scale"] == "coef" else ", norm"),
             f"{row['win_rate']:.1%}",
             f"{100 * low:.0f}-{100 * high:.0f}",
             *(f"{row[f'median_kl_{name}']:.1e}" for name in ("atom", "delete", "random")),

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from transformers.models.qwen3_5 import configuration_qwen3_5 as configuration
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from hooked_recurrent import AttentionConfig, LayerState
 from hooked_recurrent.layers.attention import GatedAttention, rotary_angles, rotate
 from hooked_recurrent.layers.mlp import SwiGLU
 from tests.hooked_recurrent.models import distance
-
-qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
-configuration = pytest.importorskip("transformers.models.qwen3_5.configuration_qwen3_5")
 
 
 def hf_config(**changes):

@@ -13,7 +13,9 @@ from tests.hooked_recurrent.models import distance
 def reference(conv, x):
     """silu of a depthwise Conv1d padded on the left, in [batch, channel, pos]."""
     channels, taps = conv.weight.shape
-    theirs = nn.Conv1d(channels, channels, taps, groups=channels, padding=taps - 1, bias=conv.bias is not None, dtype=x.dtype)
+    theirs = nn.Conv1d(
+        channels, channels, taps, groups=channels, padding=taps - 1, bias=conv.bias is not None, dtype=x.dtype
+    )
     theirs.weight.data = conv.weight.data[:, None]
     if conv.bias is not None:
         theirs.bias.data = conv.bias.data

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from hooked_recurrent.layers.norm import GatedRMSNorm, RMSNorm, l2_normalize
-
-mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
-qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
 
 def randomised(module):
@@ -67,7 +66,9 @@ def test_gate_first_equals_transformers(groups):
     torch.testing.assert_close(ours(x, gate), theirs(x, gate), rtol=1e-6, atol=1e-6)
     ours.gate_first = False
     parts = torch.nn.functional.rms_norm(x.unflatten(-1, (groups, -1)), (12 // groups,), eps=1e-3).flatten(-2)
-    torch.testing.assert_close(ours(x, gate), ours.weight * parts * torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        ours(x, gate), ours.weight * parts * torch.nn.functional.silu(gate), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_norm_gives_the_dtype_of_its_weight():

@@ -96,7 +96,10 @@ def test_every_part_matters(as_users_run):
     theirs, ours = pair("2 groups")
     tokens = tokens_of(3, 65)
     expected = logits_of(theirs, tokens)
-    for part in ("hook_mixer_out", *(f"mixer.hook_{name}" for name in ("skip", "gate", "state", "read", "dt", "q", "k"))):
+    for part in (
+        "hook_mixer_out",
+        *(f"mixer.hook_{name}" for name in ("skip", "gate", "state", "read", "dt", "q", "k")),
+    ):
         name = f"blocks.1.{part}"
         without = ours.run_with_hooks(tokens, fwd_hooks=[(name, lambda tensor, hook: 0 * tensor)])
         assert distance(without, expected) > 100 * BOUND, name

@@ -58,7 +58,9 @@ def test_a_truncated_file(tmp_path, as_users_run):
         TorchCheckpoint(file)
 
 
-@pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {"a": 1.0}, {"model": {"a": torch.ones(3)}}], ids=str)
+@pytest.mark.parametrize(
+    "content", [torch.ones(3), [torch.ones(3)], {"a": 1.0}, {"model": {"a": torch.ones(3)}}], ids=str
+)
 def test_other_contents(content, tmp_path, as_users_run):
     file = tmp_path / "model.pth"
     torch.save(content, file)

@@ -168,7 +168,9 @@ def test_configs_that_make_no_sense(case, as_users_run):
 def test_a_model_has_one_rule_and_may_have_no_mlp():
     cfg = tiny_config(STACK)
     assert cfg.d_mlp is None and (cfg.d_k, cfg.d_v, cfg.recurrent_layers) == (3, 5, (0, 1))
-    with pytest.raises(ValueError, match="layer 1 is of type 'gated_delta_net'; this model's layers are mamba2 or attention"):
+    with pytest.raises(
+        ValueError, match="layer 1 is of type 'gated_delta_net'; this model's layers are mamba2 or attention"
+    ):
         tiny_config(("mamba2", "gated_delta_net"))
     with pytest.raises(ValueError, match="ModelConfig.d_mlp must be greater than 0, got 0"):
         ModelConfig(d_model=4, d_vocab=5, d_mlp=0, layer_types=STACK, mixer=cfg.mixer)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.layers.norm import l2_normalize
 from hooked_recurrent.scan.dispatch import scan
 from tests.hooked_recurrent.models import distance
-
-qwen = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
 
 @pytest.mark.parametrize("theirs", ["torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule"])

@@ -88,7 +88,9 @@ def test_a_real_result_is_taken_as_it_is():
     """Ties the names of conditions and of summary columns to the module that measures them."""
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({f"kl_{name}": rng.random(12) for name in CONDITIONS})
-    frame = frame.assign(reading="in_recurrence", atom=np.arange(12) % 3, passage=np.arange(12) % 4)
+    frame = frame.assign(
+        reading="in_recurrence", atom=np.arange(12) % 3, dominant=np.arange(12) % 2, passage=np.arange(12) % 4
+    )
     assert set(tables.CONDITIONS) == set(tables.SHORT_CONDITIONS) == set(CONDITIONS)
     assert set(tables.READINGS) == set(READINGS)
     rows = tables.replacement_rows(ReplacementResult(frame, layer=0, head=0, config={}).summary(n_resamples=20))
