@@ -15,12 +15,12 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
     """The bundled models."""
     table = Table(
         title="bundled models",
-        caption="memory: d_k x d_v of every head; bits per byte: on held-out files of the standard library",
+        caption="memory: d_k x d_v of every head; bpb: bits per byte on held-out files",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    for heading in ("name", "rule", "layers", "heads", "memory", "size", "bits/byte"):
+    for heading in ("name", "rule", "layers", "heads", "memory", "size", "bpb"):
         left = heading in ("name", "rule")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for row in rows:
