@@ -1,6 +1,6 @@
 """Checks at the door of a forward call, and the search for the first hook that turned NaN or Inf."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -10,9 +10,6 @@ from hooked_recurrent.config import ATTENTION, ModelConfig
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
 from hooked_recurrent.state import RecurrentState
-
-if TYPE_CHECKING:
-    from hooked_recurrent.model import HookedRecurrentModel
 
 
 def check_tokens(tokens: Any, d_vocab: int) -> Int[Tensor, "batch pos"]:
@@ -70,7 +67,7 @@ def check_edits(edits: Any) -> tuple[WriteEdit, ...]:
 
 
 def check_finite(
-    model: "HookedRecurrentModel",
+    model: Any,
     logits: Tensor,
     tokens: Tensor,
     state: RecurrentState,
