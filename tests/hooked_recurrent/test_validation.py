@@ -90,28 +90,31 @@ def test_edits_that_are_none(model, as_users_run):
         model(TOKENS, edits=WriteEdit(0, 0, 0, "delete"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "hook_embed",
-        "blocks.0.mixer.hook_k",
-        "blocks.0.mixer.hook_log_decay",
-        "blocks.0.mixer.hook_write_value",
-        "blocks.0.mixer.hook_write",
-        "blocks.2.mixer.hook_state",
-        "blocks.1.attn.hook_q",
-        "blocks.1.attn.hook_attn_scores",
-        "blocks.1.attn.hook_pattern",
-        "blocks.1.mlp.hook_post",
-        "ln_final.hook_normalized",
-    ],
-)
-@pytest.mark.parametrize(("poison", "word"), [(torch.nan, "NaN"), (torch.inf, "Inf")])
+POISONED = [
+    "hook_embed",
+    "blocks.0.mixer.hook_k",
+    "blocks.0.mixer.hook_log_decay",
+    "blocks.0.mixer.hook_write_value",
+    "blocks.0.mixer.hook_write",
+    "blocks.2.mixer.hook_state",
+    "blocks.1.attn.hook_q",
+    "blocks.1.attn.hook_attn_scores",
+    "blocks.1.attn.hook_pattern",
+    "blocks.1.mlp.hook_post",
+    "ln_final.hook_normalized",
+]
+POISONS = [
+    (name, poison, word)
+    for name in POISONED
+    for poison, word in ((torch.nan, "NaN"), (torch.inf, "Inf"))
+    if not (name.endswith("attn_scores") and word == "Inf")  # infinite scores are what a mask is made of
+]
+
+
+@pytest.mark.parametrize(("name", "poison", "word"), POISONS)
 @pytest.mark.parametrize("start", [0, 4])
 def test_nan_is_traced_to_the_hook_and_the_position(name, poison, word, start, model):
     """The function poisons absolute position 7 of row 1; with start 4 the call goes on from a state."""
-    if "attn_scores" in name and word == "Inf":
-        pytest.skip("infinite scores are what a mask is made of")
     tokens = tokens_of(model, length=12)
     state = model(tokens[:, :start], return_state=True)[1] if start else None
 
