@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
+import writesae.sae.storage as storage
 from writesae.config import WriteSAEConfig
-from writesae.sae import storage
 from writesae.sae.activations import ACTIVATIONS
 from writesae.sae.atoms import DECODERS
 from writesae.sae.codes import Codes
