@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 
 from hooked_recurrent import GatedDeltaNetConfig, HookedRecurrentModel
+from hooked_recurrent.scan.step import step_scan
 from tests.hooked_recurrent.models import distance, tiny_config, tiny_model, tokens_of
 
 
@@ -81,3 +83,40 @@ def test_starting_decays_span_many_time_scales():
     assert 0.8 < step_size.log10().std() / (2 / 12**0.5) < 1.2  # log-uniform over two decades
     half_life = math.log(2) / (step_size * mixer.A_log.exp())
     assert (half_life < 4).any() and (half_life > 64).any()
+
+
+ROLES = ["log_decay", "erase", "probe", "write_key", "write_value", "query"]
+
+
+@pytest.mark.parametrize("role", [None, "q", "k", "v", "beta", *ROLES])
+@pytest.mark.parametrize("length", [1, 12])
+def test_the_hooks_show_what_the_recurrence_consumes(role, length):
+    """The step reference over the cached roles gives the layer's reads, whichever one of them a function has changed."""
+    model = tiny_model(seed=1).requires_grad_(False)
+    tokens = tokens_of(model, length=length)
+    _, state = model(tokens_of(model, length=5, seed=1), return_state=True)
+
+    def change(tensor, hook):
+        return 0.5 * tensor if tensor.ndim == 3 else -0.5 * tensor.flip(-1)
+
+    with model.hooks(fwd_hooks=[(f"blocks.0.mixer.hook_{role}", change)] if role else []):
+        _, cache = model.run_with_cache(tokens, state=state)
+    read, _ = step_scan(cache.factors(0), state.layers[0].matrix)
+    assert distance(read, cache["blocks.0.mixer.hook_read"]) <= 1e-12
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_an_edit_of_one_side_of_the_write_is_an_edit_of_its_matrix(side):
+    """hook_write_key and hook_write_value change the write alone: the erase stays what the model computed."""
+    model = tiny_model(seed=1).requires_grad_(False)
+    tokens = tokens_of(model)
+    _, native = model.run_with_cache(tokens)
+    sides = {name: native[f"blocks.0.mixer.hook_write_{name}"] for name in ("key", "value")}
+    sides[side] = -0.5 * sides[side].flip(-1)
+    matrix = sides["key"][..., :, None] * sides["value"][..., None, :]
+    by_side = model.run_with_hooks(
+        tokens, fwd_hooks=[(f"blocks.0.mixer.hook_write_{side}", lambda x, hook: sides[side])]
+    )
+    by_matrix = model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mixer.hook_write", lambda x, hook: matrix)])
+    assert distance(by_side, by_matrix) <= 1e-12
+    assert distance(by_side, model(tokens)) > 1e-3
