@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hooked_recurrent.files import sync
+
 FORMAT = "hooked_recurrent.state.v1"
 
 
@@ -131,8 +133,7 @@ class RecurrentState:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             part = Path(scratch) / path.name
             save_file(tensors, part, metadata={"state": json.dumps(about)})
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
+            sync(part)
             os.replace(part, path)
         return path
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hooked_recurrent.config import ModelConfig
+from hooked_recurrent.files import sync
 from hooked_recurrent.loading import mamba2, qwen
 from hooked_recurrent.loading.checkpoint import (
     Checkpoint,
@@ -83,6 +84,7 @@ def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary)
         for file in Path(temporary).iterdir():
+            sync(file)
             os.replace(file, folder / file.name)
     return folder
 

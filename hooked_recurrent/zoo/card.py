@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from safetensors import safe_open
 
-from hooked_recurrent.zoo import checkpoint
+from hooked_recurrent.files import write_text
 from hooked_recurrent.zoo.command import run_command
 from hooked_recurrent.zoo.corpus import HELDOUT_ONE_IN
 from hooked_recurrent.zoo.train import LOG_NAME, RECORD_NAME
@@ -215,7 +215,7 @@ on other languages expect little. It may repeat passages of its training text.
 The text is the Python standard library, copyright Python Software Foundation and its contributors, under the PSF
 License Agreement; the text itself is not part of this folder. The weights are under this package's licence.
 """
-    checkpoint.write_text(folder / "README.md", card)
+    write_text(folder / "README.md", card)
     return folder / "README.md"
 
 

@@ -15,22 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hooked_recurrent.files import sync
+
 NAME = re.compile(r"checkpoint-(\d{7,})")
-
-
-def sync(path: Path) -> None:
-    """Ask the system to put a file's bytes on disk before going on."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece: a temporary file beside it, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -32,8 +32,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from hooked_recurrent.files import write_text
 from hooked_recurrent.model import HookedRecurrentModel
-from hooked_recurrent.zoo import checkpoint, corpus
+from hooked_recurrent.zoo import corpus
 from hooked_recurrent.zoo.command import run_command
 from hooked_recurrent.zoo.tokenizer import END_OF_TEXT, encode_documents
 
@@ -231,7 +232,7 @@ def main(
         result = evaluate(loaded, files, window, batch, on_tokens=lambda count: progress.advance(task, count))
     console.print(*tables(result))
     if json_path is not None:
-        checkpoint.write_text(json_path, json.dumps(result.to_dict(), indent=1) + "\n")
+        write_text(json_path, json.dumps(result.to_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

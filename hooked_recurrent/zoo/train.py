@@ -30,6 +30,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooked_recurrent.config import GatedDeltaNetConfig, ModelConfig
+from hooked_recurrent.files import write_text
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import checkpoint, corpus
 from hooked_recurrent.zoo.command import run_command
@@ -269,7 +270,7 @@ class Trainer:
         if self.log_path.exists():
             lines = self.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            checkpoint.write_text(self.log_path, "".join(kept))
+            write_text(self.log_path, "".join(kept))
 
 
 def describe_run(recipe: Recipe, name: str, stream: Tensor, files: list[corpus.SourceFile]) -> dict:
@@ -312,7 +313,7 @@ def train(name: str, recipe: Recipe, out: Path, resume: bool = False, stop_after
     if resume:
         check_same_run(out / RECORD_NAME, record)
         trainer.resume()
-    checkpoint.write_text(out / RECORD_NAME, record)
+    write_text(out / RECORD_NAME, record)
 
     def export() -> None:
         model.save_pretrained(out)

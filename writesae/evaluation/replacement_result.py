@@ -1,7 +1,6 @@
 """The outcome of a replacement test: a table with a row per firing and reading, and its summary."""
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hooked_recurrent.files import write_text
 from writesae.evaluation.statistics import cluster_bootstrap, median_mad, paired_wilcoxon, wilson_interval
 from writesae.evaluation.substitutes import DELETE, NATIVE, POOLS, SCALES
 
@@ -94,9 +94,7 @@ class ReplacementResult:
             "summary": self.summary(),
             "records": json.loads(self.table.to_json(orient="records", double_precision=15)),
         }
-        temporary = path.with_suffix(path.suffix + ".part")
-        temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, path)
+        write_text(path, json.dumps(content, indent=1))
         return path
 
     def _summarise(self, reading: str, pool: str, scale: str, n_resamples: int) -> dict[str, Any]:

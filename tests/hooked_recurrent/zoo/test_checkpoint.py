@@ -55,10 +55,3 @@ def test_errors_are_clear(tmp_path):
         checkpoint.load_newest(tmp_path, tied(4))
     with pytest.raises(ValueError, match="of another model: only one of the two has bias, embed.weight"):
         checkpoint.load_newest(tmp_path, nn.Linear(2, 2))
-
-
-def test_text_is_replaced_in_one_piece(tmp_path):
-    path = tmp_path / "deep" / "a.json"
-    checkpoint.write_text(path, "one")
-    checkpoint.write_text(path, "two")
-    assert path.read_text() == "two" and [file.name for file in path.parent.iterdir()] == ["a.json"]
