@@ -29,7 +29,7 @@ import typer
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooked_recurrent.config import GatedDeltaNetConfig, ModelConfig
+from hooked_recurrent.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
 from hooked_recurrent.files import write_text
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import checkpoint, corpus
@@ -80,6 +80,22 @@ RECIPES: dict[str, Recipe] = {
             tied_embeddings=True,
             n_ctx=1024,
             model_name="tiny-gated-deltanet",
+        ),
+        steps=3800,
+    ),
+    "tiny-mamba2": Recipe(
+        ModelConfig(
+            d_model=128,
+            d_vocab=4096,
+            d_mlp=None,
+            layer_types=("mamba2",) * 8,  # no MLPs, so twice the layers for about as many parameters
+            mixer=Mamba2Config(n_heads=4, n_groups=1, d_k=32, d_v=64),
+            norm_eps=1e-5,
+            norm_offset=0.0,
+            residual_in_fp32=True,
+            tied_embeddings=True,
+            n_ctx=1024,
+            model_name="tiny-mamba2",
         ),
         steps=3800,
     ),
