@@ -1,10 +1,13 @@
 """Open the matrix memory of recurrent language models: see every write into it, and change it."""
 
 from hooked_recurrent.cache import RecurrentCache
-from hooked_recurrent.config import AttentionConfig, GatedDeltaNetConfig, Mamba2Config, MixerConfig, ModelConfig
+from hooked_recurrent.config import AttentionConfig, MixerConfig, ModelConfig
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import reads_only
+from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNetConfig
+from hooked_recurrent.mixers.mamba2 import Mamba2Config
+from hooked_recurrent.mixers.rwkv7 import RWKV7Config
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.state import LayerState, RecurrentState
 
@@ -18,6 +21,7 @@ __all__ = [
     "Mamba2Config",
     "MixerConfig",
     "ModelConfig",
+    "RWKV7Config",
     "RecurrentCache",
     "RecurrentState",
     "WriteEdit",

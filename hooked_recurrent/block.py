@@ -3,14 +3,16 @@
 Where the model has no MLPs (Mamba-2), the block is its first half: no ln2, no mlp, no hook_resid_mid, no hook_mlp_out.
 """
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_recurrent.config import ATTENTION, ModelConfig
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.attention import GatedAttention
-from hooked_recurrent.layers.mlp import SwiGLU
-from hooked_recurrent.layers.norm import RMSNorm
+from hooked_recurrent.layers.mlp import make_mlp
+from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.mixers.registry import MIXERS
 from hooked_recurrent.state import LayerState
@@ -22,14 +24,14 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         kind = cfg.layer_types[layer]
-        self.ln1 = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_offset)
-        self.ln2 = None if cfg.d_mlp is None else RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_offset)
+        self.ln1 = make_norm(cfg)
+        self.ln2 = None if cfg.d_mlp is None else make_norm(cfg)
         if kind == ATTENTION:
             assert cfg.attention is not None  # ModelConfig checked it
             self.attn = GatedAttention(cfg.attention, cfg.d_model)
         else:
             self.mixer = MIXERS[kind](cfg.mixer, cfg.d_model, layer)
-        self.mlp = None if cfg.d_mlp is None else SwiGLU(cfg.d_model, cfg.d_mlp)
+        self.mlp = make_mlp(cfg)
         self.hook_resid_pre, self.hook_mixer_out = RecurrentHookPoint(), RecurrentHookPoint()
         if self.mlp is not None:
             self.hook_resid_mid, self.hook_mlp_out = RecurrentHookPoint(), RecurrentHookPoint()
@@ -58,5 +60,7 @@ class Block(nn.Module):
         resid = resid + self.hook_mixer_out(mixed)
         if self.mlp is not None and self.ln2 is not None:
             resid = self.hook_resid_mid(resid)
-            resid = resid + self.hook_mlp_out(self.mlp(self.ln2(resid)))
+            added, tails = self.mlp(self.ln2(resid), state.mlp_tail, call.stops)
+            states = [replace(entry, mlp_tail=tail) for entry, tail in zip(states, tails, strict=True)]
+            resid = resid + self.hook_mlp_out(added)
         return self.hook_resid_post(resid), states

@@ -27,7 +27,7 @@ from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
-from hooked_recurrent.layers.norm import RMSNorm
+from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.state import LayerState, RecurrentState
 from hooked_recurrent.text import TextMixin
@@ -45,8 +45,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = RecurrentHookPoint()
+        self.ln_embed = make_norm(cfg) if cfg.embed_norm else None
         self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
-        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_offset)
+        self.ln_final = make_norm(cfg)
         self.unembed = None if cfg.tied_embeddings else nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self.clock = Clock()
         for module in self.modules():
@@ -199,6 +200,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         call = Call(self.clock, edits, stops, backend)
         with self.clock.running(state.position, tokens.shape[1]):
             resid = self.hook_embed(self.embed(tokens))
+            if self.ln_embed is not None:
+                resid = self.ln_embed(resid)
             if self.cfg.residual_in_fp32:
                 resid = resid.to(state_dtype(resid.dtype))
             per_layer = []

@@ -29,6 +29,10 @@ class LayerState:
     """The matrix memory S, float32 or wider."""
     conv_tail: Float[Tensor, "batch past channel"] | None = None
     """The last inputs of the short convolution."""
+    shift_tail: Float[Tensor, "batch one d_model"] | None = None
+    """What a mixer with token shift saw last."""
+    mlp_tail: Float[Tensor, "batch one d_model"] | None = None
+    """What an MLP with token shift saw last."""
     keys: Float[Tensor, "batch pos kv_head d_head"] | None = None
     """Cached keys of a softmax layer, after the rotary embedding."""
     values: Float[Tensor, "batch pos kv_head d_head"] | None = None

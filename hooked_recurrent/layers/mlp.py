@@ -1,9 +1,15 @@
-"""The SwiGLU MLP of Qwen-style blocks, with transformer_lens's hook names."""
+"""The MLPs of the blocks, with transformer_lens's hook names. Every kind is called alike; RWKV's also remembers a position."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.layers.token_shift import shift_tails, token_shift
+
+Tail = Float[Tensor, "batch one d_model"] | None
+"""The last position that the MLP of an earlier call saw; None for a kind that looks at no other position."""
 
 
 class SwiGLU(nn.Module):
@@ -20,7 +26,37 @@ class SwiGLU(nn.Module):
         self.hook_pre, self.hook_pre_linear = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_post = RecurrentHookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """The MLP's contribution to the residual stream."""
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], tail: Tail, stops: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], list[Tail]]:
+        """The MLP's contribution to the residual stream; it keeps no tail."""
         pre, pre_linear = self.hook_pre(self.gate(x)), self.hook_pre_linear(self.up(x))
-        return self.down(self.hook_post(nn.functional.silu(pre) * pre_linear))
+        return self.down(self.hook_post(nn.functional.silu(pre) * pre_linear)), [None] * len(stops)
+
+
+class ChannelMix(nn.Module):
+    """RWKV-7's MLP: down(relu(up x')^2) with x' = x + mix * (position before - x). See Peng et al. 2025, arXiv:2503.14456.
+
+    Hooks: hook_pre (up x'), hook_post (after relu and square), both [batch, pos, d_mlp].
+    """
+
+    def __init__(self, d_model: int, d_mlp: int):
+        super().__init__()
+        self.mix = nn.Parameter(torch.linspace(1, 0, d_model))
+        self.up = nn.Linear(d_model, d_mlp, bias=False)
+        self.down = nn.Linear(d_mlp, d_model, bias=False)
+        self.hook_pre, self.hook_post = RecurrentHookPoint(), RecurrentHookPoint()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], tail: Tail, stops: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], list[Tail]]:
+        """The MLP's contribution to the residual stream, and per stop the position before what comes next."""
+        pre = self.hook_pre(self.up(torch.addcmul(x, token_shift(x, tail), self.mix)))
+        return self.down(self.hook_post(pre.relu().square())), list(shift_tails(x, tail, stops))
+
+
+def make_mlp(cfg: ModelConfig) -> SwiGLU | ChannelMix | None:
+    """The MLP of a block, of the kind that the model's config names; None where it has none."""
+    if cfg.d_mlp is None:
+        return None
+    return (ChannelMix if cfg.mlp == "channel_mix" else SwiGLU)(cfg.d_model, cfg.d_mlp)

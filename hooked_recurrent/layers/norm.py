@@ -1,9 +1,10 @@
-"""RMSNorms: on the residual stream with transformer_lens's hooks, gated before W_O, and plain L2 for keys and queries."""
+"""Norms: on the residual stream with transformer_lens's hooks, gated before W_O, and plain L2 for keys and queries."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 
@@ -27,6 +28,34 @@ class RMSNorm(nn.Module):
         wide = x.to(state_dtype(x.dtype))
         scale = self.hook_scale((wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
         return self.hook_normalized((wide / scale * (self.offset + self.weight.to(wide.dtype))).to(self.weight.dtype))
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std(x) * weight + bias, computed in float32 or wider.
+
+    Hooks: hook_scale [..., 1] (the standard deviation), hook_normalized [..., d] (after the scale, the weight and the bias).
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.hook_scale, self.hook_normalized = RecurrentHookPoint(), RecurrentHookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Normalise the last axis; the result has the weight's dtype."""
+        wide = x.to(state_dtype(x.dtype))
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((centred.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return self.hook_normalized((centred / scale * weight + bias).to(self.weight.dtype))
+
+
+def make_norm(cfg: ModelConfig) -> nn.Module:
+    """A norm for the residual stream, of the kind that the model's config names."""
+    if cfg.norm == "layer":
+        return LayerNorm(cfg.d_model, cfg.norm_eps)
+    return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.norm_offset)
 
 
 class GatedRMSNorm(nn.Module):

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_recurrent.config import Mamba2Config, ModelConfig
+from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.loading.checkpoint import Entry
+from hooked_recurrent.mixers.mamba2 import Mamba2Config
 
 SAVED_AS = "mamba2"
 RULE = Mamba2Config.rule

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_recurrent.config import ATTENTION, AttentionConfig, GatedDeltaNetConfig, ModelConfig
+from hooked_recurrent.config import ATTENTION, AttentionConfig, ModelConfig
 from hooked_recurrent.loading.checkpoint import Entry
+from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNetConfig
 
 SAVED_AS = "qwen3_5_text"
 RULE = GatedDeltaNetConfig.rule

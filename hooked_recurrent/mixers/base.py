@@ -19,7 +19,7 @@ that may edit is called token by token, and what it returns is carried on; one m
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -45,6 +45,8 @@ class Call:
     """Lengths (in tokens of this call) after which each layer's state is wanted; the last is the whole length."""
     backend: str = "auto"
     """Which scan runs."""
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    """What a layer leaves for the layers above it, per position of this call (RWKV-7: the values of its layer 0)."""
     added_writes: dict[int, Factors] = field(default_factory=dict)
     """Filled in: per layer, the further write terms that `add` edits made."""
     dense_layers: list[int] = field(default_factory=list)
@@ -56,6 +58,8 @@ class Call:
 class RecurrentMixer(nn.Module, ABC):
     """Base of every rule's mixer. `erases` says whether hook_erase and hook_probe exist."""
 
+    Config: ClassVar[type[MixerConfig]]
+    """The rule's config class, which also names the rule."""
     erases: bool = True
     cfg: MixerConfig
     out: nn.Linear
@@ -73,13 +77,18 @@ class RecurrentMixer(nn.Module, ABC):
 
     @abstractmethod
     def project(
-        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, stops: tuple[int, ...]
+        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
     ) -> tuple[Factors, Any, list[LayerState]]:
-        """x to (factors, whatever `read_out` needs besides the read, per stop the state around the matrix)."""
+        """x to (factors, whatever `read_out` needs besides the read, per stop of `call.stops` the state around the matrix)."""
 
     @abstractmethod
     def read_out(self, read: Float[Tensor, "batch pos head d_v"], beside: Any) -> Float[Tensor, "batch pos head d_v"]:
         """The read to z, just before W_O."""
+
+    @staticmethod
+    def heads(x: Float[Tensor, "batch pos channel"], width: int) -> Float[Tensor, "batch pos head width"]:
+        """Channels to heads of this width."""
+        return x.unflatten(-1, (-1, width))
 
     @property
     def W_O(self) -> Float[Tensor, "head d_v d_model"]:
@@ -90,7 +99,7 @@ class RecurrentMixer(nn.Module, ABC):
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
     ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerState]]:
         """The mixer's contribution to the residual stream, and its state after each of `call.stops`."""
-        factors, beside, around = self.project(x, state, call.stops)
+        factors, beside, around = self.project(x, state, call)
         factors, writes = self._hook_factors(factors, call)
         read, matrices = self._scan(factors, writes, state.matrix, call)
         z = self.hook_z(self.read_out(self.hook_read(read), beside))

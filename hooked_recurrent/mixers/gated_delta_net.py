@@ -8,18 +8,47 @@ q, k, v come out of a short causal convolution; q and k are L2-normalised per he
 After the read: gated RMSNorm per head, then W_O.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_recurrent.config import GatedDeltaNetConfig
+from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConv
 from hooked_recurrent.layers.norm import GatedRMSNorm, l2_normalize
 from hooked_recurrent.layers.step_size import initial_step_bias
-from hooked_recurrent.mixers.base import RecurrentMixer
+from hooked_recurrent.mixers.base import Call, RecurrentMixer
 from hooked_recurrent.state import LayerState
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetConfig(MixerConfig):
+    """Heads of a Gated DeltaNet mixer (Yang et al. 2024, arXiv:2412.06464; as in Qwen3-Next and Qwen3.5)."""
+
+    n_heads: int
+    """Value heads; the state, the writes and every role factor have this many heads."""
+    n_key_heads: int
+    """Key and query heads before expansion; must divide n_heads (grouped value attention)."""
+    d_k: int
+    """Width of the side of the state that the query contracts."""
+    d_v: int
+    """Width of the side of the state that leaves through W_O."""
+    conv_size: int = 4
+    """Taps of the short causal convolution over q, k and v."""
+    norm_eps: float = 1e-6
+    """Epsilon of the gated RMSNorm before W_O."""
+
+    rule: ClassVar[str] = "gated_delta_net"
+
+    def __post_init__(self) -> None:
+        require_positive("GatedDeltaNetConfig", n_heads=self.n_heads, n_key_heads=self.n_key_heads, d_k=self.d_k)
+        require_positive("GatedDeltaNetConfig", d_v=self.d_v, conv_size=self.conv_size, norm_eps=self.norm_eps)
+        if self.n_heads % self.n_key_heads:
+            raise ValueError(f"n_key_heads must divide n_heads, got {self.n_key_heads} and {self.n_heads}")
 
 
 class GatedDeltaNet(RecurrentMixer):
@@ -32,6 +61,7 @@ class GatedDeltaNet(RecurrentMixer):
         hook_beta        write strength in (0, 1)                    [batch, pos, head]
     """
 
+    Config = GatedDeltaNetConfig
     cfg: GatedDeltaNetConfig
 
     def __init__(self, cfg: GatedDeltaNetConfig, d_model: int, layer: int):
@@ -50,15 +80,15 @@ class GatedDeltaNet(RecurrentMixer):
         self.hook_v, self.hook_beta = RecurrentHookPoint(), RecurrentHookPoint()
 
     def project(
-        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, stops: tuple[int, ...]
+        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
     ) -> tuple[Factors, Tensor, list[LayerState]]:
         """x to the six roles; the gate goes along to `read_out`."""
         cfg = self.cfg
         mixed, padded = self.conv(self.qkv(x), state.conv_tail)
         query, key, value = mixed.split([self.key_width, self.key_width, cfg.n_heads * cfg.d_v], dim=-1)
         expand = cfg.n_heads // cfg.n_key_heads
-        query, key = (self._heads(side, cfg.d_k).repeat_interleave(expand, dim=2) for side in (query, key))
-        query, key, value = self.hook_q(query), self.hook_k(key), self.hook_v(self._heads(value, cfg.d_v))
+        query, key = (self.heads(side, cfg.d_k).repeat_interleave(expand, dim=2) for side in (query, key))
+        query, key, value = self.hook_q(query), self.hook_k(key), self.hook_v(self.heads(value, cfg.d_v))
         beta = self.hook_beta(self.beta(x).sigmoid())
         wide = state_dtype(x.dtype)
         step_size = nn.functional.softplus(self.dt(x).to(wide) + self.dt_bias.to(wide))
@@ -70,15 +100,11 @@ class GatedDeltaNet(RecurrentMixer):
             query=l2_normalize(query) * cfg.d_k**-0.5,
             erase_strength=-log_decay.exp() * beta,
         )
-        tails = [LayerState(conv_tail=tail) for tail in self.conv.tails(padded, stops)]
-        return factors, self._heads(self.gate(x), cfg.d_v), tails
+        tails = [LayerState(conv_tail=tail) for tail in self.conv.tails(padded, call.stops)]
+        return factors, self.heads(self.gate(x), cfg.d_v), tails
 
     def read_out(
         self, read: Float[Tensor, "batch pos head d_v"], beside: Float[Tensor, "batch pos head d_v"]
     ) -> Float[Tensor, "batch pos head d_v"]:
         """Gated RMSNorm per head; `beside` is the gate before its SiLU."""
         return self.norm(read, beside)
-
-    @staticmethod
-    def _heads(x: Tensor, width: int) -> Tensor:
-        return x.unflatten(-1, (-1, width))

@@ -9,18 +9,60 @@ x, B, C come out of a short causal convolution; every group of heads shares one 
 RMSNorm over each group of heads, then W_O.
 """
 
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_recurrent.config import Mamba2Config
+from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConv
 from hooked_recurrent.layers.norm import GatedRMSNorm
 from hooked_recurrent.layers.step_size import initial_step_bias
-from hooked_recurrent.mixers.base import RecurrentMixer
+from hooked_recurrent.mixers.base import Call, RecurrentMixer
 from hooked_recurrent.state import LayerState
+
+
+@dataclass(frozen=True)
+class Mamba2Config(MixerConfig):
+    """Heads of a Mamba-2 mixer (Dao and Gu 2024, arXiv:2405.21060)."""
+
+    n_heads: int
+    """Heads of x; the state, the writes and every role factor have this many heads."""
+    n_groups: int
+    """Groups of heads that share B and C (and are normalised together); must divide n_heads."""
+    d_k: int
+    """Width of B and C, the paper's state size N: the side of the state that the query contracts."""
+    d_v: int
+    """Width of x per head, the paper's head dimension P: the side of the state that leaves through W_O."""
+    conv_size: int = 4
+    """Taps of the short causal convolution over x, B and C."""
+    conv_bias: bool = True
+    """Whether that convolution has a bias."""
+    bias: bool = False
+    """Whether the projections into and out of the mixer have biases."""
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    """The step size dt is clamped to this range."""
+    norm_eps: float = 1e-5
+    """Epsilon of the gated RMSNorm before W_O."""
+    norm_before_gate: bool = False
+    """Whether that norm comes before the gate; in every released Mamba-2 model it comes after."""
+
+    rule: ClassVar[str] = "mamba2"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dt_limit", tuple(self.dt_limit))
+        require_positive("Mamba2Config", n_heads=self.n_heads, n_groups=self.n_groups, d_k=self.d_k, d_v=self.d_v)
+        require_positive("Mamba2Config", conv_size=self.conv_size, norm_eps=self.norm_eps)
+        if self.n_heads % self.n_groups:
+            raise ValueError(f"n_groups must divide n_heads, got {self.n_groups} and {self.n_heads}")
+        if len(self.dt_limit) != 2 or not 0 <= self.dt_limit[0] < self.dt_limit[1]:
+            raise ValueError(f"dt_limit must be (low, high) with 0 <= low < high, got {self.dt_limit}")
+
 
 Beside = tuple[Tensor, Tensor]
 """What goes past the memory: x for the skip, and the gate."""
@@ -41,6 +83,7 @@ class Mamba2(RecurrentMixer):
         hook_gate        the gate before its SiLU                    [batch, pos, head, d_v]
     """
 
+    Config = Mamba2Config
     erases = False
     cfg: Mamba2Config
 
@@ -64,7 +107,7 @@ class Mamba2(RecurrentMixer):
         self.hook_skip, self.hook_gate = RecurrentHookPoint(), RecurrentHookPoint()
 
     def project(
-        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, stops: tuple[int, ...]
+        self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
     ) -> tuple[Factors, Beside, list[LayerState]]:
         """The normalised residual to the six roles; x after the convolution and the gate go along to `read_out`."""
         cfg = self.cfg
@@ -83,7 +126,7 @@ class Mamba2(RecurrentMixer):
             write_value=step_size[..., None] * value,
             query=query,
         )
-        tails = [LayerState(conv_tail=tail) for tail in self.conv.tails(padded, stops)]
+        tails = [LayerState(conv_tail=tail) for tail in self.conv.tails(padded, call.stops)]
         return factors, (value, self.gate(x).unflatten(-1, (-1, cfg.d_v))), tails
 
     def read_out(

@@ -1,13 +1,8 @@
-"""Rule name -> mixer class. A new rule adds its line here and in config.MIXER_CONFIGS."""
+"""Rule name -> mixer class. A new rule is one file, named here."""
 
-from collections.abc import Callable
-
-from hooked_recurrent.config import GatedDeltaNetConfig, Mamba2Config
 from hooked_recurrent.mixers.base import RecurrentMixer
 from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNet
 from hooked_recurrent.mixers.mamba2 import Mamba2
+from hooked_recurrent.mixers.rwkv7 import RWKV7
 
-MIXERS: dict[str, Callable[..., RecurrentMixer]] = {
-    GatedDeltaNetConfig.rule: GatedDeltaNet,
-    Mamba2Config.rule: Mamba2,
-}
+MIXERS: dict[str, type[RecurrentMixer]] = {mixer.Config.rule: mixer for mixer in (GatedDeltaNet, Mamba2, RWKV7)}

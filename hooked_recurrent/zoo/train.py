@@ -29,8 +29,11 @@ import typer
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooked_recurrent.config import GatedDeltaNetConfig, Mamba2Config, ModelConfig
+from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.files import write_text
+from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNetConfig
+from hooked_recurrent.mixers.mamba2 import Mamba2Config
+from hooked_recurrent.mixers.rwkv7 import RWKV7Config
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import checkpoint, corpus
 from hooked_recurrent.zoo.command import run_command
@@ -96,6 +99,32 @@ RECIPES: dict[str, Recipe] = {
             tied_embeddings=True,
             n_ctx=1024,
             model_name="tiny-mamba2",
+        ),
+        steps=3800,
+    ),
+    "tiny-rwkv7": Recipe(
+        ModelConfig(
+            d_model=128,
+            d_vocab=4096,
+            d_mlp=512,
+            mlp="channel_mix",
+            layer_types=("rwkv7",) * 4,
+            mixer=RWKV7Config(
+                n_heads=4,
+                d_k=32,
+                d_v=32,
+                decay_rank=16,
+                iclr_rank=16,
+                value_rank=16,
+                gate_rank=32,
+                norm_eps=32e-5,
+            ),
+            norm="layer",
+            norm_eps=1e-5,
+            embed_norm=True,
+            tied_embeddings=True,
+            n_ctx=1024,
+            model_name="tiny-rwkv7",
         ),
         steps=3800,
     ),

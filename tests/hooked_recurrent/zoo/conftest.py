@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hooked_recurrent.config import GatedDeltaNetConfig, ModelConfig
+from hooked_recurrent.config import ModelConfig
+from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNetConfig
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.corpus import SourceFile, standard_library
 from hooked_recurrent.zoo.tokenizer import train_tokenizer
