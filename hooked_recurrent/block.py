@@ -15,7 +15,7 @@ from hooked_recurrent.layers.mlp import make_mlp
 from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.mixers.registry import MIXERS
-from hooked_recurrent.state import LayerState
+from hooked_recurrent.state import LayerState, Shapes
 
 
 class Block(nn.Module):
@@ -41,6 +41,11 @@ class Block(nn.Module):
     def recurrent(self) -> bool:
         """Whether this block has a matrix memory."""
         return hasattr(self, "mixer")
+
+    def remembers(self) -> Shapes:
+        """What the state of this layer holds."""
+        mixer = self.mixer if self.recurrent else self.attn
+        return mixer.remembers() | ({} if self.mlp is None else self.mlp.remembers())
 
     @property
     def W_O(self) -> Float[Tensor, "head d_v d_model"]:

@@ -194,7 +194,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         """Logits (or without `unembed` what they are made of), and the state after each of `stops` tokens."""
         if state is None:
             state = RecurrentState(tuple(LayerState() for _ in self.blocks))
-        check_state(state, self.cfg, tokens.shape[0])
+        check_state(state, list(self.blocks), tokens.shape[0])
         for edit in edits:
             edit.check(self.cfg, tokens.shape[1] if whole_text else None)
         call = Call(self.clock, edits, stops, backend)

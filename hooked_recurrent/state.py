@@ -21,6 +21,10 @@ from hooked_recurrent.files import sync
 FORMAT = "hooked_recurrent.state.v1"
 
 
+Shapes = dict[str, tuple[int | None, ...]]
+"""Per field of a LayerState its shape behind the batch axis; None where a length grows with the text."""
+
+
 @dataclass(frozen=True)
 class LayerState:
     """The memory of one layer; what a kind of layer does not have is None."""
@@ -37,6 +41,10 @@ class LayerState:
     """Cached keys of a softmax layer, after the rotary embedding."""
     values: Float[Tensor, "batch pos kv_head d_head"] | None = None
     """Cached values of a softmax layer."""
+
+    def shapes(self) -> Shapes:
+        """The shape of every tensor that is present, behind its batch axis."""
+        return {name: tuple(tensor.shape[1:]) for name, tensor in self.tensors().items()}
 
     def map(self, change) -> "LayerState":
         """A copy with `change` applied to every tensor that is present."""

@@ -1,12 +1,13 @@
 """Checks at the door of a forward call, and the search for the first hook that turned NaN or Inf."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_recurrent.config import ATTENTION, ModelConfig
+from hooked_recurrent.block import Block
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
 from hooked_recurrent.state import RecurrentState
@@ -29,30 +30,26 @@ def check_tokens(tokens: Any, d_vocab: int) -> Int[Tensor, "batch pos"]:
     return (tokens[None] if tokens.ndim == 1 else tokens).long()
 
 
-def check_state(state: Any, cfg: ModelConfig, batch: int) -> None:
+def check_state(state: Any, blocks: Sequence[Block], batch: int) -> None:
     """A state must come from a model with the same layers and hold as many sequences as the tokens."""
     if not isinstance(state, RecurrentState):
         raise TypeError(f"state must be a RecurrentState, got {type(state).__name__}")
-    if len(state.layers) != cfg.n_layers:
-        raise ValueError(f"the state has {len(state.layers)} layers, the model {cfg.n_layers}")
+    if len(state.layers) != len(blocks):
+        raise ValueError(f"the state has {len(state.layers)} layers, the model {len(blocks)}")
     if state.batch_size not in (None, batch):
         raise ValueError(f"the state holds {state.batch_size} sequences, the tokens {batch}; fork or index the state")
-    for layer, entry in enumerate(state.layers):
-        if not entry.tensors():
-            continue
-        kind = cfg.layer_types[layer]
-        expected: tuple[int, ...] = (cfg.n_heads, cfg.d_k, cfg.d_v)
-        held = entry.matrix
-        if kind == ATTENTION and cfg.attention is not None:
-            held, expected = entry.keys, (cfg.attention.n_key_value_heads, cfg.attention.d_head)
-        if held is None:
-            names = " and ".join(entry.tensors())
-            raise ValueError(f"layer {layer} of the state holds {names}, but this layer of the model is {kind!r}")
-        if held.shape[-len(expected) :] != expected:
-            came = tuple(held.shape[-len(expected) :])
-            raise ValueError(
-                f"layer {layer} of the state has heads of shape {came}, this layer of the model {expected}"
+    for layer, (entry, block) in enumerate(zip(state.layers, blocks, strict=True)):
+        held, wanted = entry.shapes(), block.remembers()
+        if held and set(held) != set(wanted):
+            came, expected = " and ".join(held), " and ".join(wanted)
+            raise ValueError(f"layer {layer} of the state holds {came}, but this layer of the model keeps {expected}")
+        for name, shape in held.items():
+            fits = len(shape) == len(wanted[name]) and all(
+                w in (None, s) for s, w in zip(shape, wanted[name], strict=True)
             )
+            if not fits:
+                expected = str(wanted[name]).replace("None", "any")
+                raise ValueError(f"{name} of layer {layer} of the state has shape {shape}, this layer's is {expected}")
 
 
 def check_edits(edits: Any) -> tuple[WriteEdit, ...]:

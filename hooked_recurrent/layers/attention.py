@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hooked_recurrent.config import AttentionConfig
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.norm import RMSNorm
-from hooked_recurrent.state import LayerState
+from hooked_recurrent.state import LayerState, Shapes
 
 
 class GatedAttention(nn.Module):
@@ -42,6 +42,11 @@ class GatedAttention(nn.Module):
         self.hook_rot_q, self.hook_rot_k = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_attn_scores, self.hook_pattern = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_z = RecurrentHookPoint()
+
+    def remembers(self) -> Shapes:
+        """The keys and values of all positions so far."""
+        heads = (None, self.cfg.n_key_value_heads, self.cfg.d_head)
+        return {"keys": heads, "values": heads}
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:

@@ -22,6 +22,11 @@ class ShortConv(nn.Module):
         """How many positions one output sees."""
         return self.weight.shape[1]
 
+    @property
+    def tail_shape(self) -> tuple[int, int]:
+        """Shape of a tail behind the batch axis."""
+        return self.taps - 1, self.weight.shape[0]
+
     def forward(
         self, x: Float[Tensor, "batch pos channel"], tail: Float[Tensor, "batch past channel"] | None
     ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch padded channel"]]:

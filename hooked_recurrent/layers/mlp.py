@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.token_shift import shift_tails, token_shift
+from hooked_recurrent.state import Shapes
 
 Tail = Float[Tensor, "batch one d_model"] | None
 """The last position that the MLP of an earlier call saw; None for a kind that looks at no other position."""
@@ -25,6 +26,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(d_mlp, d_model, bias=False)
         self.hook_pre, self.hook_pre_linear = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_post = RecurrentHookPoint()
+
+    def remembers(self) -> Shapes:
+        """Nothing."""
+        return {}
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], tail: Tail, stops: tuple[int, ...]
@@ -46,6 +51,10 @@ class ChannelMix(nn.Module):
         self.up = nn.Linear(d_model, d_mlp, bias=False)
         self.down = nn.Linear(d_mlp, d_model, bias=False)
         self.hook_pre, self.hook_post = RecurrentHookPoint(), RecurrentHookPoint()
+
+    def remembers(self) -> Shapes:
+        """The last position."""
+        return {"mlp_tail": (1, len(self.mix))}
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], tail: Tail, stops: tuple[int, ...]

@@ -30,7 +30,7 @@ from hooked_recurrent.edits import WriteEdit, apply_edits
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
 from hooked_recurrent.scan.dispatch import scan
-from hooked_recurrent.state import LayerState
+from hooked_recurrent.state import LayerState, Shapes
 
 
 @dataclass
@@ -84,6 +84,10 @@ class RecurrentMixer(nn.Module, ABC):
     @abstractmethod
     def read_out(self, read: Float[Tensor, "batch pos head d_v"], beside: Any) -> Float[Tensor, "batch pos head d_v"]:
         """The read to z, just before W_O."""
+
+    def remembers(self) -> Shapes:
+        """What the state of this layer holds; a rule adds its tails to the matrix memory."""
+        return {"matrix": (self.cfg.n_heads, self.cfg.d_k, self.cfg.d_v)}
 
     @staticmethod
     def heads(x: Float[Tensor, "batch pos channel"], width: int) -> Float[Tensor, "batch pos head width"]:

@@ -22,7 +22,7 @@ from hooked_recurrent.layers.conv import ShortConv
 from hooked_recurrent.layers.norm import GatedRMSNorm, l2_normalize
 from hooked_recurrent.layers.step_size import initial_step_bias
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
-from hooked_recurrent.state import LayerState
+from hooked_recurrent.state import LayerState, Shapes
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class GatedDeltaNet(RecurrentMixer):
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1.0, 16.0).log())
         self.hook_q, self.hook_k = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_v, self.hook_beta = RecurrentHookPoint(), RecurrentHookPoint()
+
+    def remembers(self) -> Shapes:
+        """The matrix memory and the last inputs of the convolution."""
+        return super().remembers() | {"conv_tail": self.conv.tail_shape}
 
     def project(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call

@@ -24,7 +24,7 @@ from hooked_recurrent.layers.conv import ShortConv
 from hooked_recurrent.layers.norm import GatedRMSNorm
 from hooked_recurrent.layers.step_size import initial_step_bias
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
-from hooked_recurrent.state import LayerState
+from hooked_recurrent.state import LayerState, Shapes
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ class Mamba2(RecurrentMixer):
         self.hook_q, self.hook_k = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_v, self.hook_dt = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_skip, self.hook_gate = RecurrentHookPoint(), RecurrentHookPoint()
+
+    def remembers(self) -> Shapes:
+        """The matrix memory and the last inputs of the convolution."""
+        return super().remembers() | {"conv_tail": self.conv.tail_shape}
 
     def project(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call

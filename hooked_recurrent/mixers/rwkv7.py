@@ -23,7 +23,7 @@ from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.token_shift import shift_tails, token_shift
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
-from hooked_recurrent.state import LayerState
+from hooked_recurrent.state import LayerState, Shapes
 
 Beside = tuple[Tensor, Tensor, Tensor, Tensor]
 """What goes past the memory: receptance, replacement key and value for the bonus, and the gate."""
@@ -118,6 +118,10 @@ class RWKV7(RecurrentMixer):
         self.hook_iclr, self.hook_removal_key = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_replacement_key = RecurrentHookPoint()
         self.hook_bonus, self.hook_gate = RecurrentHookPoint(), RecurrentHookPoint()
+
+    def remembers(self) -> Shapes:
+        """The matrix memory and the last position."""
+        return super().remembers() | {"shift_tail": (1, len(self.mix_r))}
 
     def project(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call

@@ -14,6 +14,7 @@ from hooked_recurrent import (
     HookedRecurrentModel,
     Mamba2Config,
     ModelConfig,
+    RWKV7Config,
 )
 
 
@@ -34,8 +35,19 @@ def mamba2(n_heads, n_key_heads, d_k, d_v, conv_size):
     }
 
 
+def rwkv7(n_heads, n_key_heads, d_k, d_v, conv_size):
+    ranks = {"decay_rank": 2, "iclr_rank": 3, "value_rank": 2, "gate_rank": 4}
+    return {
+        "mixer": RWKV7Config(n_heads=n_heads, d_k=d_k, d_v=d_v, **ranks),
+        "d_mlp": 16,
+        "mlp": "channel_mix",
+        "norm": "layer",
+        "embed_norm": True,
+    }
+
+
 # Per rule, the fields of its tiny ModelConfig from five sizes.
-RULES = {"gated_delta_net": gated_delta_net, "mamba2": mamba2}
+RULES = {"gated_delta_net": gated_delta_net, "mamba2": mamba2, "rwkv7": rwkv7}
 SOFTMAX = "attention"
 ALL_LINEAR = ("gated_delta_net",) * 2
 HYBRID = ("gated_delta_net", SOFTMAX, "gated_delta_net")
