@@ -199,9 +199,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             edit.check(self.cfg, tokens.shape[1] if whole_text else None)
         call = Call(self.clock, edits, stops, backend)
         with self.clock.running(state.position, tokens.shape[1]):
-            resid = self.hook_embed(self.embed(tokens))
-            if self.ln_embed is not None:
-                resid = self.ln_embed(resid)
+            resid = self.embed(tokens)
+            resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
             if self.cfg.residual_in_fp32:
                 resid = resid.to(state_dtype(resid.dtype))
             per_layer = []

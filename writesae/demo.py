@@ -20,7 +20,7 @@ import torch
 
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
-from hooked_recurrent.zoo.corpus import SourceFile, standard_library
+from hooked_recurrent.zoo.corpus import standard_library
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.evaluation.cells import most_effective, survey
 from writesae.evaluation.contexts import top_contexts
@@ -143,17 +143,8 @@ def run_demo(
 
 
 def _cut(model: HookedRecurrentModel, split: str, count: int, config: DemoConfig) -> Passages:
-    """Passages of one split; only as many files are tokenised as a random order needs to fill them several times over."""
     files = standard_library(split)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    budget, some = 4 * count * config.length * 4, list[SourceFile]()
-    for index in order:
-        some.append(files[index])
-        budget -= len(files[index].text)
-        if budget < 0:
-            break
-    some.sort(key=lambda file: file.name)
-    return passages(some, model, config.length, split=split, max_passages=count, seed=config.seed)
+    return passages(files, model, config.length, split=split, max_passages=count, seed=config.seed)
 
 
 def _about(model: HookedRecurrentModel, config: DemoConfig, train_text: Passages, heldout: Passages) -> dict[str, Any]:

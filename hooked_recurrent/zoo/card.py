@@ -21,6 +21,8 @@ from hooked_recurrent.zoo.train import LOG_NAME, RECORD_NAME
 CURVE_NAME = "loss_curve.svg"
 EVALUATION_NAME = "evaluation.json"
 CURVE_POINTS = 200
+# Whose classes load a folder of this model type, where it is not transformers.
+LIBRARIES = {"rwkv7": "flash-linear-attention"}
 
 
 def read_json(folder: Path, name: str, hint: str) -> dict[str, Any]:
@@ -105,6 +107,12 @@ def half_life_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def weights_sentence(model_type: str) -> str:
+    """Which layout the weights have, and who else loads it."""
+    library = LIBRARIES.get(model_type, "transformers")
+    return f"The weights are in the layout of {library}'s `{model_type}`, which\nloads them too."
+
+
 def score_section(evaluation: dict[str, Any]) -> str:
     """Held-out bits per byte beside the two yardsticks."""
     files = evaluation["files"]
@@ -165,14 +173,15 @@ def write_card(folder: Path | str) -> Path:
     log = read_log(folder)
     hint = f"write it by python -m hooked_recurrent.zoo.evaluate FOLDER --json FOLDER/{EVALUATION_NAME}"
     evaluation = read_json(folder, EVALUATION_NAME, hint)
-    read_json(folder, "config.json", by_training)
+    model_type = read_json(folder, "config.json", by_training)["model_type"]
     config, name = record["recipe"]["config"], record["recipe_name"]
     mixer, rules = config["mixer"], ", ".join(dict.fromkeys(config["layer_types"]))
+    mlp = "no MLPs" if config["d_mlp"] is None else f"MLP width {config['d_mlp']}"
     draw_loss_curve(log, folder / CURVE_NAME)
     card = f"""---
 language: code
 license: mit
-library_name: transformers
+library_name: {LIBRARIES.get(model_type, "transformers")}
 pipeline_tag: text-generation
 ---
 
@@ -180,7 +189,7 @@ pipeline_tag: text-generation
 
 A language model of {parameter_count(folder) / 1e6:.2f} million parameters that reads Python source: small enough to
 study whole. {len(config["layer_types"])} layers ({rules}), width {config["d_model"]},
-{mixer["n_heads"]} heads per layer, each with a memory of {mixer["d_k"]} x {mixer["d_v"]}; MLP width {config["d_mlp"]};
+{mixer["n_heads"]} heads per layer, each with a memory of {mixer["d_k"]} x {mixer["d_v"]}; {mlp};
 vocabulary {config["d_vocab"]:,}.
 
 ```python
@@ -190,14 +199,14 @@ model = HookedRecurrentModel.from_pretrained("{name}")
 logits, cache = model.run_with_cache("def area(self):\\n    return self.")
 ```
 
-The weights are in the layout of transformers' `{read_json(folder, "config.json", by_training)["model_type"]}`, which
-loads them too.
+{weights_sentence(model_type)}
 
 {score_section(evaluation)}
 
 ## How long each head remembers
 
-Half-life of a head's memory in tokens, log(1/2) / log_decay, over all held-out tokens.
+Half-life of a head's memory in tokens, log(1/2) / log_decay, over all held-out tokens (and key channels, where
+each has a decay of its own).
 {half_life_summary(evaluation["half_lives"])}
 
 {half_life_table(evaluation["half_lives"])}

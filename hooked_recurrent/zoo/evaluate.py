@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from jaxtyping import Float
@@ -59,7 +60,7 @@ class FileScore:
 
 @dataclass(frozen=True)
 class HalfLife:
-    """Half-life of one head's memory in tokens: quartiles over tokens, and at the mean log-decay."""
+    """Half-life of one head's memory in tokens: quartiles over tokens (and channels), and at the mean log-decay."""
 
     layer: int
     head: int
@@ -102,7 +103,7 @@ class Window:
     counts: list[int]
     nats: Float[Tensor, "batch pos"]
     """-ln p of the token that follows each position; positions from counts[row] on are padding."""
-    log_decay: dict[int, Float[Tensor, "batch pos head"]]
+    log_decay: dict[int, Float[Tensor, "batch pos head *d_k"]]
     """Per recurrent layer."""
 
 
@@ -136,15 +137,18 @@ def read_documents(
             yield Window(group, counts, nats, {layer: cache[name] for layer, name in hooks.items()})
 
 
-def half_lives(log_decay: dict[int, Float[Tensor, "tokens head"]]) -> tuple[HalfLife, ...]:
-    """Half-lives in tokens of every head, from the log-decay (<= 0) of every layer at many tokens."""
+def half_lives(log_decay: dict[int, Float[Tensor, "tokens head *d_k"]]) -> tuple[HalfLife, ...]:
+    """Half-lives in tokens of every head, from the log-decay (<= 0) of every layer at many tokens.
+
+    Where every key channel has a decay of its own, each counts alike: quartiles and mean are over tokens and channels.
+    """
     rows = []
     for layer, rates in log_decay.items():
-        rates = rates.double().clamp(max=SLOWEST_LOG_DECAY)
-        # Half-life is increasing in log-decay, so its quartiles are those of the log-decay, in the same order.
-        quartiles = torch.quantile(rates, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), dim=0)
-        lives = math.log(0.5) / torch.cat([quartiles, rates.mean(dim=0, keepdim=True)])
-        rows += [HalfLife(layer, head, *lives[:, head].tolist()) for head in range(rates.shape[1])]
+        for head, of_head in enumerate(rates.unbind(1)):
+            values = of_head.flatten().numpy().astype(np.float64).clip(max=SLOWEST_LOG_DECAY)
+            # Half-life is increasing in log-decay, so its quartiles are those of the log-decay, in the same order.
+            lives = math.log(0.5) / np.array([*np.quantile(values, [0.25, 0.5, 0.75]), values.mean()])
+            rows.append(HalfLife(layer, head, *lives.tolist()))
     return tuple(rows)
 
 

@@ -18,7 +18,7 @@ from hooked_recurrent import HookedRecurrentModel, WriteEdit
 def survey(
     model: HookedRecurrentModel, tokens: Int[Tensor, "passage pos"], *, positions: int = 6, seed: int = 0
 ) -> pd.DataFrame:
-    """One row per cell: layer, head, half_life (median over tokens, in tokens), write_norm (median), deletion_kl (median).
+    """One row per cell: layer, head, half_life, write_norm, deletion_kl: medians over tokens, half-lives in tokens.
 
     Args:
         model: any HookedRecurrentModel.
@@ -39,7 +39,8 @@ def survey(
         plain, cache = model.run_with_cache(row[None], names_filter=names)
         for layer in layers:
             log_decay, key, value = (cache[name][0] for name in names if name.startswith(f"blocks.{layer}."))
-            decays[layer].append(log_decay.mean(-1) if log_decay.ndim == 3 else log_decay)
+            # where every key channel has its own decay, each counts like a token
+            decays[layer].append(log_decay.transpose(1, 2).flatten(0, 1) if log_decay.ndim == 3 else log_decay)
             norms[layer].append(key.norm(dim=-1) * value.norm(dim=-1))
         chosen = torch.randperm(len(row) - 1, generator=generator)[:positions] + 1
         snapshots = model.snapshots(row[None], chosen.tolist())

@@ -51,6 +51,12 @@ def test_half_lives_of_known_rates():
     assert second.lower_quartile == second.upper_quartile == pytest.approx(1 / 4)
 
 
+def test_channels_count_like_tokens():
+    rates = -torch.rand(7, 2, 5).double()
+    flat = rates.transpose(1, 2).flatten(0, 1)
+    assert evaluate.half_lives({0: rates}) == evaluate.half_lives({0: flat})
+
+
 def test_a_head_that_never_forgets_fits_in_json():
     (life,) = evaluate.half_lives({0: torch.zeros(4, 1)})
     assert math.isfinite(life.median) and life.median > 1e8
