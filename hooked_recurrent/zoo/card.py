@@ -110,7 +110,7 @@ def half_life_table(rows: list[dict[str, Any]]) -> str:
 def weights_sentence(model_type: str) -> str:
     """Which layout the weights have, and who else loads it."""
     library = LIBRARIES.get(model_type, "transformers")
-    return f"The weights are in the layout of {library}'s `{model_type}`, which\nloads them too."
+    return f"The weights are in the layout `{model_type}` of {library},\nwhich loads them too."
 
 
 def score_section(evaluation: dict[str, Any]) -> str:

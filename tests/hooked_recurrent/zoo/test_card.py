@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hooked_recurrent.zoo import card, evaluate, train
+from hooked_recurrent.zoo import card, compare, evaluate, train
 from hooked_recurrent.zoo.corpus import SourceFile
 from hooked_recurrent.zoo.train import Recipe
 
@@ -71,3 +71,27 @@ def test_a_missing_file_is_named_with_its_command(folder, name, command):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"{name}' is missing.*hooked_recurrent.zoo.{command}"):
         card.write_card(folder)
+
+
+def test_side_by_side(folder, small_model):
+    """A row per fact and a column per model, the same numbers as on the card."""
+    table = compare.side_by_side([folder, folder]).splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table}
+    assert cells[""] == ["small", "small"] and cells["---"] == ["--:", "--:"]
+    result = json.loads((folder / card.EVALUATION_NAME).read_text())
+    assert cells["**held-out bits per byte**"] == [f"**{result['bits_per_byte']:.3f}**"] * 2
+    assert cells["rule"] == [small_model.cfg.mixer.rule] * 2
+    assert cells["trained on"][0] == "0.0 M tokens" and cells["files shorter than by xz"][0].endswith("of 1")
+
+
+def test_a_model_without_mlps_says_so(folder):
+    record = json.loads((folder / train.RECORD_NAME).read_text())
+    record["recipe"]["config"]["d_mlp"] = None
+    (folder / train.RECORD_NAME).write_text(json.dumps(record))
+    assert "; no MLPs;" in card.write_card(folder).read_text()
+    assert "| MLP width | none |" in compare.side_by_side([folder])
+
+
+def test_a_layout_that_transformers_does_not_know_names_who_does():
+    assert "`rwkv7` of flash-linear-attention" in card.weights_sentence("rwkv7")
+    assert "`mamba2` of transformers" in card.weights_sentence("mamba2")
