@@ -11,11 +11,13 @@ class TextMixin:
     """Gives a model `to_tokens`, `to_string`, `to_str_tokens` and `to_single_token` over its `tokenizer`."""
 
     tokenizer: Any
+    without_tokenizer: str = "pass tokens, or give one as from_hf(model, tokenizer=...)"
+    """What to do about a missing tokenizer."""
     device: torch.device
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass tokens, or give one as from_hf(model, tokenizer=...)")
+            raise ValueError(f"this model has no tokenizer: {self.without_tokenizer}")
         return self.tokenizer
 
     def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:

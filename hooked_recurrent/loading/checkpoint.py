@@ -29,6 +29,10 @@ class Checkpoint(Protocol):
         """All tensor names."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, which is not read for it."""
+        ...
+
     def take(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
         ...
@@ -44,17 +48,23 @@ class MemoryCheckpoint:
         """All tensor names."""
         return list(self.tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor."""
+        return tuple(self.tensors[name].shape)
+
     def take(self, name: str) -> Tensor:
         """One tensor, copied so that the source stays untouched."""
         return self.tensors[name].detach().clone()
 
 
 class FolderCheckpoint:
-    """The safetensors file or shards of a local folder."""
+    """The safetensors file or shards of a local folder, or one such file by its own name."""
 
     def __init__(self, folder: Path):
         self.origin = str(folder)
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if folder.is_file():
+            single = folder
         if single.is_file():  # before an index, as in transformers: shards of an older model may lie beside it
             files = dict.fromkeys(self._open(single).keys(), single)
         elif index.is_file():
@@ -82,13 +92,20 @@ class FolderCheckpoint:
         """All tensor names."""
         return list(self.files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, from the head of its shard."""
+        return tuple(self._read(name, lambda shard: shard.get_slice(name).get_shape()))
+
     def take(self, name: str) -> Tensor:
         """One tensor, read from its shard."""
+        return self._read(name, lambda shard: shard.get_tensor(name))
+
+    def _read(self, name: str, reading: Callable[[Any], Any]) -> Any:
         file = self.files[name]
         if file not in self.opened:
             self.opened[file] = self._open(file)
         try:
-            return self.opened[file].get_tensor(name)
+            return reading(self.opened[file])
         except SafetensorError as error:
             raise ValueError(f"{file} holds no tensor {name!r}, though its index says so ({error})") from None
 
@@ -117,6 +134,10 @@ class TorchCheckpoint:
     def names(self) -> list[str]:
         """All tensor names."""
         return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor."""
+        return tuple(self.tensors[name].shape)
 
     def take(self, name: str) -> Tensor:
         """One tensor, copied out of the mapped file."""

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.files import sync
-from hooked_recurrent.loading import mamba2, qwen
+from hooked_recurrent.loading import mamba2, qwen, rwkv7, rwkv7_official, world_tokenizer
 from hooked_recurrent.loading.checkpoint import (
     Checkpoint,
     FolderCheckpoint,
@@ -27,26 +28,37 @@ from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models
 
 # A family is a module of one checkpoint layout: MODEL_TYPES it reads, and the RULE that it saves and SAVED_AS what.
-FAMILIES = {model_type: family for family in (qwen, mamba2) for model_type in family.MODEL_TYPES}
+FAMILIES = {model_type: family for family in (qwen, mamba2, rwkv7) for model_type in family.MODEL_TYPES}
+TORCH_FILES = (".pth", ".pt", ".bin")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def load_pretrained(
     name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> HookedRecurrentModel:
-    """Load by the name of a bundled model, a local folder, or a hub repository "owner/name".
+    """Load by the name of a bundled model, a local folder or file, or a hub repository "owner/name".
 
     The folder is in transformers' layout or, for Mamba-2, in that of state-spaces/mamba; weights are safetensors or, where
-    there are none, `pytorch_model.bin`, of which tensors are read and nothing is run. Tensors are read one at a time, so
-    the peak of memory is about one copy of the model.
+    there are none, `pytorch_model.bin`, of which tensors are read and nothing is run. A file is an RWKV-7 checkpoint of
+    RWKV-LM (`.pth`, read as carefully, or safetensors). Tensors are read one at a time, so the peak of memory is about one
+    copy of the model.
 
     Raises:
         ValueError: for an unknown name or family, and a checkpoint that does not fit its config.
         FileNotFoundError: for a folder without config or weights.
     """
-    folder = _find_folder(name)
-    model_type, cfg = read_config(folder, str(name))
-    return _build(model_type, cfg, open_folder(folder), _load_tokenizer(folder), dtype, device)
+    file = _find_file(name)
+    if file is not None:
+        folder, checkpoint, tokenizer = file.parent, _open_file(file), None
+        model_type, cfg = rwkv7.SAVED_AS, rwkv7_official.config_from_tensors(checkpoint, str(name))
+    else:
+        folder = _find_folder(name)
+        model_type, cfg = read_config(folder, str(name))
+        checkpoint, tokenizer = open_folder(folder), _load_tokenizer(folder)
+    model = _build(model_type, cfg, checkpoint, tokenizer, dtype, device)
+    if tokenizer is None and cfg.mixer.rule == rwkv7.RULE:
+        world_tokenizer.attach(model, folder)
+    return model
 
 
 def open_folder(folder: Path) -> Checkpoint:
@@ -62,9 +74,13 @@ def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentM
     config: Any = getattr(hf_model, "config", None)
     if config is None:
         raise TypeError(f"expected a transformers model, got {type(hf_model).__name__}")
-    cfg = _family(config.model_type).config_from_hf(config, config.name_or_path or type(hf_model).__name__)
+    family, name = _family(config.model_type), config.name_or_path or type(hf_model).__name__
     weight = next(hf_model.parameters())
     checkpoint = MemoryCheckpoint(hf_model.state_dict(), type(hf_model).__name__)
+    if getattr(family, "READS_MAPPING", False):
+        cfg = family.config_from_mapping(_completed(family, config.to_dict(), lambda: checkpoint), name)
+    else:
+        cfg = family.config_from_hf(config, name)
     return _build(config.model_type, cfg, checkpoint, tokenizer, weight.dtype, weight.device)
 
 
@@ -97,9 +113,16 @@ def read_config(folder: Path, name: str) -> tuple[str, ModelConfig]:
     if mamba2.is_original(raw):
         return mamba2.SAVED_AS, mamba2.config_from_original(raw, name)
     family = _family(raw.get("model_type"))
+    if getattr(family, "READS_MAPPING", False):
+        return raw["model_type"], family.config_from_mapping(_completed(family, raw, lambda: open_folder(folder)), name)
     from transformers import AutoConfig
 
     return raw["model_type"], family.config_from_hf(AutoConfig.from_pretrained(folder), name)
+
+
+def _completed(family: Any, raw: dict[str, Any], checkpoint: Callable[[], Checkpoint]) -> dict[str, Any]:
+    """A config with what it leaves to its checkpoint, for a family whose configs do so."""
+    return family.complete(raw, checkpoint) if hasattr(family, "complete") else raw
 
 
 def _build(
@@ -137,6 +160,31 @@ def _family(model_type: str | None) -> Any:
     return FAMILIES[model_type]
 
 
+def _find_file(name: str | Path) -> Path | None:
+    """The checkpoint of RWKV-LM that is meant: a file, or a folder's only .pth if it has no config.json."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if not str(name) or not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.pth"))
+    if len(files) > 1:
+        raise ValueError(
+            f"{path} has no config.json and several checkpoints: name one of {', '.join(f.name for f in files)}"
+        )
+    return files[0] if files else None
+
+
+def _open_file(file: Path) -> Checkpoint:
+    if file.suffix == ".safetensors":
+        return FolderCheckpoint(file)
+    if file.suffix in TORCH_FILES:
+        return TorchCheckpoint(file)
+    raise ValueError(
+        f"{file} is no file of weights that can be loaded; expected RWKV-7's .pth or .safetensors, or a folder"
+    )
+
+
 def _find_folder(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
@@ -145,11 +193,14 @@ def _find_folder(name: str | Path) -> Path:
     if str(name) in bundled:
         return bundled[str(name)]
     looks_local = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
+    looks_local = looks_local or path.suffix in (*TORCH_FILES, ".safetensors")
     if looks_local:
         near = get_close_matches(str(name), bundled, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         known = ", ".join(bundled) or "none"
-        raise ValueError(f"{str(name)!r} is neither a folder, nor a hub name 'owner/name', nor bundled ({known}){hint}")
+        raise ValueError(
+            f"{str(name)!r} is neither a folder, nor a hub name 'owner/name', nor a file, nor bundled ({known}){hint}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -163,6 +214,8 @@ def _find_folder(name: str | Path) -> Path:
 
 
 def _load_tokenizer(folder: Path) -> Any:
+    if world_tokenizer.is_world(folder):
+        return None
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
     from transformers import AutoTokenizer
