@@ -63,7 +63,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
     def from_pretrained(
         cls, name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "HookedRecurrentModel":
-        """Load a bundled model, a local folder (transformers' layout, or state-spaces/mamba's for Mamba-2), or a hub model.
+        """Load a bundled model, a local folder (transformers' layout, or state-spaces/mamba's for Mamba-2), RWKV-LM's .pth
+        file of an RWKV-7, or a hub model.
 
         See `loading.load`.
         """
