@@ -50,7 +50,10 @@ def attach(model: HookedRecurrentModel, folder: Path | None) -> None:
 
 
 def world_tokenizer(vocabulary: Path | None = None) -> Any:
-    """The World tokenizer over a vocabulary file, by default that of the `rwkv` package; `ImportError` without it."""
+    """The World tokenizer over a vocabulary file, by default that of the `rwkv` package.
+
+    Raises `ImportError` without the packages, and `ValueError` for a file that is no such vocabulary.
+    """
     from rwkv7_hf.tokenization_rwkv7 import RWKV7Tokenizer
 
     if vocabulary is None:
@@ -58,4 +61,7 @@ def world_tokenizer(vocabulary: Path | None = None) -> Any:
         if found is None or found.origin is None:
             raise ImportError("no package rwkv")
         vocabulary = Path(found.origin).with_name(VOCABULARY_FILE)
-    return RWKV7Tokenizer(str(vocabulary))
+    try:
+        return RWKV7Tokenizer(str(vocabulary))
+    except (ValueError, TypeError, SyntaxError) as error:  # of a line's numbers, or of the literal between them
+        raise ValueError(f"{vocabulary} is no vocabulary of RWKV's World tokenizer: {error}") from None
