@@ -218,6 +218,17 @@ def _load_tokenizer(folder: Path) -> Any:
         return None
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PretrainedConfig
 
-    return AutoTokenizer.from_pretrained(folder)
+    family = FAMILIES.get(read_mapping(folder / "config.json", "model config").get("model_type"))
+    # transformers warns of model types that it does not know, though it reads their tokenizers: an empty config has none.
+    config = {"config": PretrainedConfig()} if getattr(family, "READS_MAPPING", False) else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the tokenizer of {folder} is code of that folder, which is never run; without tokenizer_config.json the model "
+            "loads and takes tokens"
+        ) from None

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hooked_recurrent import HookedRecurrentModel, LayerState, RecurrentState
 from hooked_recurrent.zoo.recipes import RECIPES
+from hooked_recurrent.zoo.tokenizer import train_tokenizer
 from tests.hooked_recurrent.loading.official_rwkv7 import (
     RANKS,
     VOCABULARY,
@@ -270,6 +271,17 @@ def test_the_bundled_recipe_can_be_saved(tmp_path, as_users_run):
     assert again.cfg.mixer == cfg.mixer and replace(again.cfg, model_name=cfg.model_name) == cfg
     tokens = tokens_of(20)
     assert torch.equal(again(tokens), model(tokens))
+
+
+def test_a_tokenizer_in_transformers_format_is_saved_and_loaded(tmp_path, caplog, as_users_run):
+    """As the bundled model has one; transformers reads it though it does not know the model's type, and without a warning."""
+    tokenizer = train_tokenizer(["def f(x):\n    return x\n"] * 3, vocab_size=280)
+    model = random_model(RECIPES["tiny-rwkv7"].config)
+    model.tokenizer = tokenizer
+    again = HookedRecurrentModel.from_pretrained(model.save_pretrained(tmp_path))
+    assert again.to_tokens("def g(y)").tolist() == [[0, *tokenizer.encode("def g(y)")]]
+    assert torch.equal(again("def g(y)"), model("def g(y)"))
+    assert "rwkv7" not in caplog.text
 
 
 def test_an_official_file_saved_and_loaded(official, tmp_path):

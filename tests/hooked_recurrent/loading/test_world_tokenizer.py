@@ -106,6 +106,18 @@ def test_a_folder_of_rwkv7_hf_brings_its_vocabulary_and_runs_nothing(folder, as_
     assert trap.exists()
 
 
+def test_unknown_tokenizer_code_is_refused_and_not_run(folder, as_users_run):
+    """A class that only the folder has: an error, no question on the terminal, and the code stays where it is."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("RWKV7Tokenizer", "StrangeTokenizer"))
+    (folder / VOCABULARY_FILE).unlink()
+    with pytest.raises(ValueError, match="the tokenizer of .* is code of that folder, which is never run"):
+        HookedRecurrentModel.from_pretrained(folder)
+    assert not (folder.parent / "it ran").exists()
+    path.unlink()
+    assert HookedRecurrentModel.from_pretrained(folder).tokenizer is None
+
+
 def test_the_tokenizer_is_saved_with_the_model(folder, tmp_path, as_users_run):
     model = HookedRecurrentModel.from_pretrained(folder)
     written = model.save_pretrained(tmp_path / "again")
