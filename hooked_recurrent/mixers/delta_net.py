@@ -88,10 +88,11 @@ class DeltaNet(RecurrentMixer):
         (query, key, value), padded = self.convs([self.query(x), self.key(x), self.value(x)], state.conv_tail)
         query, key = self.hook_q(self.heads(query, cfg.d_k)), self.hook_k(self.heads(key, cfg.d_k))
         value = self.hook_v(self.heads(value, cfg.d_v))
-        beta = value.new_ones(value.shape[:3]) if self.beta is None else self.beta(x).sigmoid()
+        zero = 0 * value[..., 0]  # a constant in the graph, so that the hooks on constants have gradients too
+        beta = 1 + zero if self.beta is None else self.beta(x).sigmoid()
         beta = self.hook_beta(2 * beta if cfg.negative_eigenvalues else beta)
         factors = Factors(
-            log_decay=beta.new_zeros(beta.shape, dtype=state_dtype(x.dtype)),
+            log_decay=zero.to(state_dtype(x.dtype)),
             write_key=l2_normalize(key),
             write_value=beta[..., None] * value,
             query=l2_normalize(query) * cfg.d_k**-0.5,
