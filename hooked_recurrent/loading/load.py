@@ -13,7 +13,7 @@ from torch import nn
 
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.files import sync
-from hooked_recurrent.loading import mamba2, qwen
+from hooked_recurrent.loading import delta_net, gla, kda, kimi, mamba2, qwen
 from hooked_recurrent.loading.checkpoint import (
     Checkpoint,
     FolderCheckpoint,
@@ -26,8 +26,11 @@ from hooked_recurrent.loading.checkpoint import (
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models
 
-# A family is a module of one checkpoint layout: MODEL_TYPES it reads, and the RULE that it saves and SAVED_AS what.
-FAMILIES = {model_type: family for family in (qwen, mamba2) for model_type in family.MODEL_TYPES}
+# A family is a module of one checkpoint layout: MODEL_TYPES it reads, and the RULE that it saves and SAVED_AS what. Where
+# READS_MAPPING, it reads config.json itself; where `holds` says no, a later family of the rule may save the model.
+FAMILIES = {
+    model_type: family for family in (qwen, mamba2, delta_net, gla, kimi, kda) for model_type in family.MODEL_TYPES
+}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -62,7 +65,11 @@ def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentM
     config: Any = getattr(hf_model, "config", None)
     if config is None:
         raise TypeError(f"expected a transformers model, got {type(hf_model).__name__}")
-    cfg = _family(config.model_type).config_from_hf(config, config.name_or_path or type(hf_model).__name__)
+    family, name = _family(config.model_type), config.name_or_path or type(hf_model).__name__
+    if getattr(family, "READS_MAPPING", False):
+        cfg = family.config_from_mapping(config.to_dict(), name)
+    else:
+        cfg = family.config_from_hf(config, name)
     weight = next(hf_model.parameters())
     checkpoint = MemoryCheckpoint(hf_model.state_dict(), type(hf_model).__name__)
     return _build(config.model_type, cfg, checkpoint, tokenizer, weight.dtype, weight.device)
@@ -70,7 +77,8 @@ def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentM
 
 def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
     """Write the model in transformers' layout, each file atomically; returns the folder."""
-    family = next((family for family in FAMILIES.values() if model.cfg.mixer.rule == family.RULE), None)
+    fitting = (family for family in FAMILIES.values() if model.cfg.mixer.rule == family.RULE)
+    family = next((family for family in fitting if not hasattr(family, "holds") or family.holds(model.cfg)), None)
     if family is None:
         raise ValueError(
             f"transformers has no layout for models of rule {model.cfg.mixer.rule!r}, so it cannot be saved"
@@ -97,6 +105,8 @@ def read_config(folder: Path, name: str) -> tuple[str, ModelConfig]:
     if mamba2.is_original(raw):
         return mamba2.SAVED_AS, mamba2.config_from_original(raw, name)
     family = _family(raw.get("model_type"))
+    if getattr(family, "READS_MAPPING", False):
+        return raw["model_type"], family.config_from_mapping(raw, name)
     from transformers import AutoConfig
 
     return raw["model_type"], family.config_from_hf(AutoConfig.from_pretrained(folder), name)
