@@ -5,7 +5,10 @@ from hooked_recurrent.config import AttentionConfig, MixerConfig, ModelConfig
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import reads_only
+from hooked_recurrent.mixers.delta_net import DeltaNetConfig
 from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNetConfig
+from hooked_recurrent.mixers.gated_linear_attention import GatedLinearAttentionConfig
+from hooked_recurrent.mixers.kimi_delta_attention import KimiDeltaAttentionConfig
 from hooked_recurrent.mixers.mamba2 import Mamba2Config
 from hooked_recurrent.mixers.rwkv7 import RWKV7Config
 from hooked_recurrent.model import HookedRecurrentModel
@@ -14,9 +17,12 @@ from hooked_recurrent.state import LayerState, RecurrentState
 __version__ = "0.1.0"
 __all__ = [
     "AttentionConfig",
+    "DeltaNetConfig",
     "Factors",
     "GatedDeltaNetConfig",
+    "GatedLinearAttentionConfig",
     "HookedRecurrentModel",
+    "KimiDeltaAttentionConfig",
     "LayerState",
     "Mamba2Config",
     "MixerConfig",

@@ -1,5 +1,7 @@
 """The short causal convolution in front of a mixer's q, k and v, which continues from the last inputs of an earlier call."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -53,3 +55,31 @@ class ShortConv(nn.Module):
     ) -> list[Float[Tensor, "batch past channel"]]:
         """What a later call needs as its `tail`, after each of these numbers of positions."""
         return [padded[:, stop : stop + self.taps - 1].clone() for stop in stops]
+
+
+class ShortConvs(nn.Module):
+    """A ShortConv for each of several projections; in a state their tails lie side by side in one tensor."""
+
+    def __init__(self, widths: Sequence[int], taps: int):
+        super().__init__()
+        self.widths = list(widths)
+        self.parts = nn.ModuleList([ShortConv(width, taps) for width in widths])
+
+    @property
+    def tail_shape(self) -> tuple[int, int]:
+        """Shape of a tail behind the batch axis."""
+        return self.parts[0].tail_shape[0], sum(self.widths)
+
+    def forward(
+        self, parts: Sequence[Float[Tensor, "batch pos _"]], tail: Float[Tensor, "batch past channel"] | None
+    ) -> tuple[list[Float[Tensor, "batch pos _"]], Float[Tensor, "batch padded channel"]]:
+        """As ShortConv, for every part by itself; the inputs with the tail in front come joined, for `tails`."""
+        before = [None] * len(self.widths) if tail is None else tail.split(self.widths, dim=-1)
+        done = [conv(part, past) for conv, part, past in zip(self.parts, parts, before, strict=True)]
+        return [out for out, _ in done], torch.cat([padded for _, padded in done], dim=-1)
+
+    def tails(
+        self, padded: Float[Tensor, "batch padded channel"], stops: tuple[int, ...]
+    ) -> list[Float[Tensor, "batch past channel"]]:
+        """As ShortConv."""
+        return self.parts[0].tails(padded, stops)

@@ -1,5 +1,7 @@
 """Norms: on the residual stream with transformer_lens's hooks, gated before W_O, and plain L2 for keys and queries."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -61,19 +63,28 @@ def make_norm(cfg: ModelConfig) -> nn.Module:
 class GatedRMSNorm(nn.Module):
     """weight * x / rms(x) * silu(gate), or weight * y / rms(y) with y = x * silu(gate), in float32 or wider.
 
-    Gated DeltaNet normalises every head by itself and then gates; Mamba-2 gates first and normalises each group of heads.
+    Gated DeltaNet normalises every head by itself and then gates; Mamba-2 gates first and normalises each group of heads;
+    Kimi Delta Attention has a sigmoid in the place of the SiLU.
     """
 
-    def __init__(self, width: int, eps: float, *, groups: int = 1, gate_first: bool = False):
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        *,
+        groups: int = 1,
+        gate_first: bool = False,
+        activation: Callable[[Tensor], Tensor] = nn.functional.silu,
+    ):
         """`groups` equal parts of the last axis, which is `width` wide, each have their own rms."""
         super().__init__()
-        self.eps, self.groups, self.gate_first = eps, groups, gate_first
+        self.eps, self.groups, self.gate_first, self.activation = eps, groups, gate_first, activation
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*batch d"], gate: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Normalise x over the groups of its last axis and gate it; the result has the gate's dtype."""
         wide = x.to(state_dtype(x.dtype))
-        open_gate = nn.functional.silu(gate.to(wide.dtype))
+        open_gate = self.activation(gate.to(wide.dtype))
         parts = (wide * open_gate if self.gate_first else wide).unflatten(-1, (self.groups, -1))
         normalized = (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
         scaled = self.weight.to(wide.dtype) * normalized

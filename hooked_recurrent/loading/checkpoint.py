@@ -5,6 +5,7 @@ with a way there and a way back. `fill` and `export` do the rest, so a family fi
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -208,6 +209,12 @@ def export(model: nn.Module, entries: Iterable[Entry]) -> dict[str, Tensor]:
     """The model's weights under the checkpoint family's names and layouts."""
     ours = dict(model.named_parameters())
     return {e.theirs: e.join(*(ours[name].detach() for name in e.ours)).contiguous() for e in entries}
+
+
+def factor(part: int, whole: int) -> float:
+    """part / whole, such that int(whole * factor), which is how readers of configs undo it, is part again."""
+    quotient = part / whole
+    return quotient if int(whole * quotient) == part else math.nextafter(quotient, math.inf)
 
 
 def _meta_join(entry: Entry, model: nn.Module) -> Tensor:

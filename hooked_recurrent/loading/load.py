@@ -14,7 +14,7 @@ from torch import nn
 
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.files import sync
-from hooked_recurrent.loading import mamba2, qwen, rwkv7, rwkv7_official, world_tokenizer
+from hooked_recurrent.loading import delta_net, gla, kda, kimi, mamba2, qwen, rwkv7, rwkv7_official, world_tokenizer
 from hooked_recurrent.loading.checkpoint import (
     Checkpoint,
     FolderCheckpoint,
@@ -27,8 +27,13 @@ from hooked_recurrent.loading.checkpoint import (
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models
 
-# A family is a module of one checkpoint layout: MODEL_TYPES it reads, and the RULE that it saves and SAVED_AS what.
-FAMILIES = {model_type: family for family in (qwen, mamba2, rwkv7) for model_type in family.MODEL_TYPES}
+# A family is a module of one checkpoint layout: MODEL_TYPES it reads, and the RULE that it saves and SAVED_AS what. Where
+# READS_MAPPING, it reads config.json itself; where `holds` says no, a later family of the rule may save the model.
+FAMILIES = {
+    model_type: family
+    for family in (qwen, mamba2, rwkv7, delta_net, gla, kimi, kda)
+    for model_type in family.MODEL_TYPES
+}
 TORCH_FILES = (".pth", ".pt", ".bin")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -86,7 +91,8 @@ def load_from_hf(hf_model: nn.Module, tokenizer: Any = None) -> HookedRecurrentM
 
 def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
     """Write the model in transformers' layout, each file atomically; returns the folder."""
-    family = next((family for family in FAMILIES.values() if model.cfg.mixer.rule == family.RULE), None)
+    fitting = (family for family in FAMILIES.values() if model.cfg.mixer.rule == family.RULE)
+    family = next((family for family in fitting if not hasattr(family, "holds") or family.holds(model.cfg)), None)
     if family is None:
         raise ValueError(
             f"transformers has no layout for models of rule {model.cfg.mixer.rule!r}, so it cannot be saved"

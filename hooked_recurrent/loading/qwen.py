@@ -5,7 +5,6 @@ of a multimodal checkpoint. Ignored: `model.visual.*` (vision tower) and `mtp.*`
 name: mixture-of-experts layers, activations other than SiLU, scaled rotary embeddings.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hooked_recurrent.config import ATTENTION, AttentionConfig, ModelConfig
-from hooked_recurrent.loading.checkpoint import Entry
+from hooked_recurrent.loading.checkpoint import Entry, factor
 from hooked_recurrent.mixers.gated_delta_net import GatedDeltaNetConfig
 
 SAVED_AS = "qwen3_5_text"
@@ -106,7 +105,7 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": attention.rope_theta,
-            "partial_rotary_factor": _factor(attention.rotary_dims, attention.d_head),
+            "partial_rotary_factor": factor(attention.rotary_dims, attention.d_head),
         },
         "linear_num_value_heads": mixer.n_heads,
         "linear_num_key_heads": mixer.n_key_heads,
@@ -119,12 +118,6 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tied_embeddings,
         "dtype": "float32",
     }
-
-
-def _factor(part: int, whole: int) -> float:
-    """part / whole, such that int(whole * factor), which is how readers undo it, is part again."""
-    factor = part / whole
-    return factor if int(whole * factor) == part else math.nextafter(factor, 2.0)
 
 
 def ignored(name: str) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hooked_recurrent.factors import Factors, Read, State, state_dtype
 
-# exp overflows float32 above 88; a vector decay whose half-chunk stays inside this bound may be split into two factors.
+# exp overflows float32 above 88; a vector decay that stays inside this bound over a chunk may be split into two factors.
 SAFE_EXPONENT = 60.0
 
 
@@ -188,11 +188,11 @@ class _Decay:
         if not self.per_channel:
             between = (upto - self.inclusive.mT).masked_fill(~seen, -torch.inf).exp()
             return (left @ right.mT) * between.repeat_interleave(terms, dim=-1)
-        middle = self.inclusive[:, :, :, self.size // 2, None]
-        spread = torch.maximum(self.exclusive[:, :, :, :1] - middle, middle - self.last)
         seen = seen.repeat_interleave(terms, dim=-1)
-        if spread.max() < SAFE_EXPONENT:  # both factors stay finite: two products instead of a tensor of exponents
-            scaled = (left * (upto - middle).exp()) @ (right * _repeat((middle - self.inclusive).exp(), terms)).mT
+        if self.last.min() > -SAFE_EXPONENT:  # both factors stay finite: two products instead of a tensor of exponents
+            # Taken apart at the chunk's start: at its middle, the decays of later positions would enter the rounding of
+            # earlier ones, which no edit of a later position may change.
+            scaled = (left * upto.exp()) @ (right * _repeat((-self.inclusive).exp(), terms)).mT
             return scaled.masked_fill(~seen, 0.0)
         between = upto[:, :, :, :, None] - _repeat(self.inclusive, terms)[:, :, :, None]
         between = between.masked_fill(~seen[..., None], -torch.inf).exp()

@@ -9,9 +9,12 @@ import torch
 
 from hooked_recurrent import (
     AttentionConfig,
+    DeltaNetConfig,
     Factors,
     GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
     HookedRecurrentModel,
+    KimiDeltaAttentionConfig,
     Mamba2Config,
     ModelConfig,
     RWKV7Config,
@@ -46,8 +49,31 @@ def rwkv7(n_heads, n_key_heads, d_k, d_v, conv_size):
     }
 
 
+def delta_net(n_heads, n_key_heads, d_k, d_v, conv_size):
+    mixer = DeltaNetConfig(n_heads=n_heads, d_k=d_k, d_v=d_v, conv_size=conv_size)
+    return {"mixer": mixer, "d_mlp": 16, "norm_offset": 0.0}
+
+
+def gated_linear_attention(n_heads, n_key_heads, d_k, d_v, conv_size):
+    sizes = {"n_heads": n_heads, "n_key_value_heads": n_key_heads, "d_k": d_k, "d_v": d_v, "conv_size": conv_size}
+    mixer = GatedLinearAttentionConfig(**sizes, decay_rank=3, decay_divisor=4.0)
+    return {"mixer": mixer, "d_mlp": 16, "norm_offset": 0.0}
+
+
+def kimi_delta_attention(n_heads, n_key_heads, d_k, d_v, conv_size):
+    sizes = {"n_heads": n_heads, "n_key_heads": n_key_heads, "d_k": d_k, "d_v": d_v, "conv_size": conv_size}
+    return {"mixer": KimiDeltaAttentionConfig(**sizes), "d_mlp": 16, "norm_offset": 0.0}
+
+
 # Per rule, the fields of its tiny ModelConfig from five sizes.
-RULES = {"gated_delta_net": gated_delta_net, "mamba2": mamba2, "rwkv7": rwkv7}
+RULES = {
+    "gated_delta_net": gated_delta_net,
+    "mamba2": mamba2,
+    "rwkv7": rwkv7,
+    "delta_net": delta_net,
+    "gated_linear_attention": gated_linear_attention,
+    "kimi_delta_attention": kimi_delta_attention,
+}
 SOFTMAX = "attention"
 ALL_LINEAR = ("gated_delta_net",) * 2
 HYBRID = ("gated_delta_net", SOFTMAX, "gated_delta_net")

@@ -17,7 +17,7 @@ from tests.hooked_recurrent.models import HYBRID, RULES, distance, over_stacks, 
 LENGTH, BATCH = 11, 2
 TOLERANCE = 1e-9
 # Hooks of values whose sign the recurrence or the softmax counts on (or that are -inf by design): scaled, never shifted.
-SIGNED = ("hook_log_decay", "hook_beta", "hook_dt", "hook_scale", "hook_attn_scores", "hook_pattern")
+SIGNED = ("hook_beta", "hook_dt", "hook_scale", "hook_attn_scores", "hook_pattern")
 
 
 @lru_cache
@@ -34,7 +34,9 @@ def by_position(tensor, hook, *, seed, in_place=False):
     chosen = ((hook.positions * 7 + seed) % 3 == 0).reshape(shape)
     scale = torch.where(chosen, 1 + 0.3 * torch.sin(1.7 * positions + seed).reshape(shape), 1.0)
     shift = torch.where(chosen, 0.1 * torch.cos(0.9 * positions + seed).reshape(shape), 0.0)
-    if hook.name.endswith(SIGNED):
+    if hook.name.endswith("hook_log_decay"):
+        shift = -shift.abs()  # downward, also where a rule has no decay of its own
+    elif hook.name.endswith(SIGNED):
         shift = torch.zeros_like(shift)
     else:
         shift = shift * torch.arange(1, tensor.shape[-1] + 1).to(tensor.dtype).sin()

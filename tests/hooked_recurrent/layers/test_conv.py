@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hooked_recurrent.layers.conv import ShortConv
+from hooked_recurrent.layers.conv import ShortConv, ShortConvs
 from tests.hooked_recurrent.models import distance
 
 
@@ -69,3 +69,17 @@ def test_tails_after_several_stops():
     for stop, tail in zip((0, 2, 9), conv.tails(padded, (0, 2, 9)), strict=True):
         assert torch.equal(tail, torch.cat([torch.zeros(2, 3, 3), x], dim=1)[:, stop : stop + 3])
         assert tail.data_ptr() != padded[:, stop:].data_ptr()  # a state must not keep a whole text alive
+
+
+def test_several_convolutions_are_one_each_with_their_tails_side_by_side():
+    convs = ShortConvs([3, 2, 4], 4).double()
+    parts = [torch.randn(2, 9, width, dtype=torch.float64) for width in (3, 2, 4)]
+    outs, padded = convs(parts, None)
+    for conv, part, out in zip(convs.parts, parts, outs, strict=True):
+        assert distance(out, reference(conv, part)) <= 1e-12
+    first, tail = convs.tails(padded, (0, 6))
+    assert convs.tail_shape == tuple(tail.shape[1:]) == (3, 9) and first.eq(0).all()
+    assert torch.equal(tail, torch.cat([part[:, 3:6] for part in parts], dim=-1))
+    rest, _ = convs([part[:, 6:] for part in parts], tail)
+    for out, whole in zip(rest, outs, strict=True):
+        assert distance(out, whole[:, 6:]) <= 1e-12

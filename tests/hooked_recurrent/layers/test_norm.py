@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
@@ -55,6 +56,14 @@ def test_gated_rms_norm_equals_transformers():
     x, gate = 3 * torch.randn(2, 5, 4, 7), 3 * torch.randn(2, 5, 4, 7)
     expected = theirs(x.reshape(-1, 7), gate.reshape(-1, 7)).reshape(x.shape)
     torch.testing.assert_close(ours(x, gate), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gate_may_have_another_activation():
+    theirs = randomised(kimi.KimiLinearRMSNormGated(7, eps=1e-5))
+    ours = GatedRMSNorm(7, eps=1e-5, activation=torch.sigmoid)
+    ours.weight.data.copy_(theirs.weight)
+    x, gate = 3 * torch.randn(2, 5, 4, 7), 3 * torch.randn(2, 5, 4, 7)
+    torch.testing.assert_close(ours(x, gate), theirs(x, gate), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

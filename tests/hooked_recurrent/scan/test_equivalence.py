@@ -131,6 +131,20 @@ def test_a_scan_can_stop_and_go_on(length, cut, chunk_size, vector_decay, seed):
 
 
 @pytest.mark.parametrize("backend", ["step", "chunked"])
+@pytest.mark.parametrize("vector_decay", [False, True])
+@pytest.mark.parametrize("erase", ["none", "tied", "decoupled"])
+def test_later_positions_reach_no_earlier_one_not_even_its_rounding(erase, vector_decay, backend):
+    one, other = (random_factors(70, erase=erase, vector_decay=vector_decay, seed=seed) for seed in (0, 1))
+    expected, _ = scan(one, backend=backend)
+    for cut in (1, 7, 9, 15, 16, 40, 69):
+        pairs = {name: (tensor, getattr(other, name)) for name, tensor in vars(one).items() if tensor is not None}
+        spliced = {name: torch.cat([here[:, :cut], there[:, cut:]], dim=1) for name, (here, there) in pairs.items()}
+        read, _ = scan(type(one)(**spliced), backend=backend)
+        assert torch.equal(read[:, :cut], expected[:, :cut])
+        assert not torch.equal(read[:, cut:], expected[:, cut:])
+
+
+@pytest.mark.parametrize("backend", ["step", "chunked"])
 def test_inputs_are_left_as_they_were(backend):
     factors = random_factors(20, erase="decoupled", terms=2)
     initial = random_state(factors)
