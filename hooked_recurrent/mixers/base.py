@@ -65,9 +65,9 @@ class RecurrentMixer(nn.Module, ABC):
     out: nn.Linear
     """The output projection over all heads; a rule makes it."""
 
-    def __init__(self, cfg: MixerConfig, layer: int):
+    def __init__(self, cfg: MixerConfig, d_model: int, layer: int):
         super().__init__()
-        self.cfg, self.layer = cfg, layer
+        self.cfg, self.d_model, self.layer = cfg, d_model, layer
         self.hook_log_decay, self.hook_query = RecurrentHookPoint(), RecurrentHookPoint()
         if self.erases:
             self.hook_erase, self.hook_probe = RecurrentHookPoint(), RecurrentHookPoint()

@@ -65,7 +65,7 @@ class DeltaNet(RecurrentMixer):
     cfg: DeltaNetConfig
 
     def __init__(self, cfg: DeltaNetConfig, d_model: int, layer: int):
-        super().__init__(cfg, layer)
+        super().__init__(cfg, d_model, layer)
         keys, values = cfg.n_heads * cfg.d_k, cfg.n_heads * cfg.d_v
         self.query, self.key = nn.Linear(d_model, keys, bias=False), nn.Linear(d_model, keys, bias=False)
         self.value, self.out = nn.Linear(d_model, values, bias=False), nn.Linear(values, d_model, bias=False)

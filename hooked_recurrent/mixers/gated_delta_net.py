@@ -65,7 +65,7 @@ class GatedDeltaNet(RecurrentMixer):
     cfg: GatedDeltaNetConfig
 
     def __init__(self, cfg: GatedDeltaNetConfig, d_model: int, layer: int):
-        super().__init__(cfg, layer)
+        super().__init__(cfg, d_model, layer)
         self.key_width, value_width = cfg.n_key_heads * cfg.d_k, cfg.n_heads * cfg.d_v
         self.qkv = nn.Linear(d_model, 2 * self.key_width + value_width, bias=False)
         self.gate = nn.Linear(d_model, value_width, bias=False)

@@ -75,7 +75,7 @@ class GatedLinearAttention(RecurrentMixer):
     cfg: GatedLinearAttentionConfig
 
     def __init__(self, cfg: GatedLinearAttentionConfig, d_model: int, layer: int):
-        super().__init__(cfg, layer)
+        super().__init__(cfg, d_model, layer)
         queries, z_width = cfg.n_heads * cfg.d_k, cfg.n_heads * cfg.d_v
         keys, values = cfg.n_key_value_heads * cfg.d_k, cfg.n_key_value_heads * cfg.d_v
         self.query, self.key = nn.Linear(d_model, queries, bias=False), nn.Linear(d_model, keys, bias=False)

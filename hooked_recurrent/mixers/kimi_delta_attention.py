@@ -77,7 +77,7 @@ class KimiDeltaAttention(RecurrentMixer):
     cfg: KimiDeltaAttentionConfig
 
     def __init__(self, cfg: KimiDeltaAttentionConfig, d_model: int, layer: int):
-        super().__init__(cfg, layer)
+        super().__init__(cfg, d_model, layer)
         keys, values, channels = cfg.n_key_heads * cfg.d_k, cfg.n_heads * cfg.d_v, cfg.n_heads * cfg.d_k
         self.query, self.key = nn.Linear(d_model, keys, bias=False), nn.Linear(d_model, keys, bias=False)
         self.value, self.out = nn.Linear(d_model, values, bias=False), nn.Linear(values, d_model, bias=False)

@@ -88,7 +88,7 @@ class Mamba2(RecurrentMixer):
     cfg: Mamba2Config
 
     def __init__(self, cfg: Mamba2Config, d_model: int, layer: int):
-        super().__init__(cfg, layer)
+        super().__init__(cfg, d_model, layer)
         self.key_width, self.value_width = cfg.n_groups * cfg.d_k, cfg.n_heads * cfg.d_v
         mixed_width = self.value_width + 2 * self.key_width
         self.vkq = nn.Linear(d_model, mixed_width, bias=cfg.bias)  # x, B, C, in the papers' order

@@ -96,7 +96,7 @@ class RWKV7(RecurrentMixer):
     cfg: RWKV7Config
 
     def __init__(self, cfg: RWKV7Config, d_model: int, layer: int):
-        super().__init__(cfg, layer)
+        super().__init__(cfg, d_model, layer)
         keys, values = cfg.n_heads * cfg.d_k, cfg.n_heads * cfg.d_v
         ramp, around = torch.linspace(0, 1, keys), torch.linspace(-1, 1, cfg.d_k).repeat(cfg.n_heads)
         for name in ("mix_r", "mix_w", "mix_k", "mix_v", "mix_a", "mix_g"):
@@ -121,7 +121,7 @@ class RWKV7(RecurrentMixer):
 
     def remembers(self) -> Shapes:
         """The matrix memory and the last position."""
-        return super().remembers() | {"shift_tail": (1, len(self.mix_r))}
+        return super().remembers() | {"shift_tail": (1, self.d_model)}
 
     def project(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
