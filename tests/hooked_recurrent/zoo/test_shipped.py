@@ -1,20 +1,22 @@
-"""The shipped model itself: a real language model, with memory worth studying, that transformers loads too."""
+"""The shipped models themselves: real language models, with memories worth studying, that other libraries load too."""
 
 import pytest
 import torch
 
-from hooked_recurrent import HookedRecurrentModel
+from hooked_recurrent import HookedRecurrentModel, RecurrentState
 from hooked_recurrent.loading.describe import describe_models
 from hooked_recurrent.zoo.bundled import bundled_models
 from hooked_recurrent.zoo.corpus import standard_library
 from hooked_recurrent.zoo.evaluate import evaluate
+from hooked_recurrent.zoo.recipes import RECIPES
+from tests.hooked_recurrent.loading.official_rwkv7 import fla_model, run_fla
 
-NAME = "tiny-gated-deltanet"
+RULES = {"tiny-gated-deltanet": "gated_delta_net", "tiny-mamba2": "mamba2", "tiny-rwkv7": "rwkv7"}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return HookedRecurrentModel.from_pretrained(NAME)
+@pytest.fixture(scope="module", params=RULES)
+def model(request):
+    return HookedRecurrentModel.from_pretrained(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,12 @@ def evaluation(model):
     files = [file for file in standard_library("heldout") if 4_000 < file.n_bytes < 12_000][:4]
     assert files
     return evaluate(model, files)
+
+
+def test_every_recipe_is_shipped():
+    assert list(bundled_models()) == list(RULES) == list(RECIPES)
+    for name, recipe in RECIPES.items():
+        assert recipe.config.mixer.rule == RULES[name] and recipe.config.model_name == name
 
 
 def test_beats_xz_on_each_held_out_file(evaluation):
@@ -38,23 +46,47 @@ def test_heads_remember_over_many_time_scales(evaluation):
     assert sum(median > 16 for median in medians) >= len(medians) / 3
 
 
-def test_transformers_loads_it_and_agrees(model):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def logits_of_others(name, tokens):
+    """What the official class makes of the shipped folder."""
+    folder = bundled_models()[name]
+    if RULES[name] == "rwkv7":
+        theirs, report = fla_model(folder)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        return run_fla(theirs, tokens)
+    from transformers import AutoModelForCausalLM
 
-    folder = bundled_models()[NAME]
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(tokens, use_cache=False).logits
+
+
+def test_the_official_class_loads_it_and_agrees(model):
+    from transformers import AutoTokenizer
+
+    name = model.cfg.model_name
+    tokenizer = AutoTokenizer.from_pretrained(bundled_models()["tiny-mamba2"])  # one tokenizer for all
     text = "def area(self):\n    return self.width * self."
     tokens = model.to_tokens(text)
     assert tokens[0, 1:].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected = logits_of_others(name, tokens)
     with torch.no_grad():
-        expected = theirs(tokens, use_cache=False).logits
         ours = model(tokens)
-    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()  # float32
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()  # float32
+
+
+def test_it_goes_on_from_a_saved_state(model, tmp_path):
+    """Hooks fire in the continuation as they did in the whole text."""
+    tokens = model.to_tokens("class Reader:\n    def read(self, size):\n        return self.buffer[:size]\n")
+    name = "blocks.2.mixer.hook_write_value"
+    whole, cache = model.run_with_cache(tokens, names_filter=name)
+    _, state = model(tokens[:, :9], return_state=True)
+    state = RecurrentState.load(state.save(tmp_path / "state.safetensors"))
+    rest, more = model.run_with_cache(tokens[:, 9:], names_filter=name, state=state)
+    assert (rest - whole[:, 9:]).abs().max() <= 1e-5 * whole.abs().max()  # float32
+    assert (more[name] - cache[name][:, 9:]).abs().max() <= 1e-5 * cache[name].abs().max()
 
 
 def test_description_is_read_off_the_files(model):
-    row = next(row for row in describe_models() if row["name"] == NAME)
+    row = next(row for row in describe_models() if row["name"] == model.cfg.model_name)
     assert row["parameters"] == model.parameter_count()
-    assert (row["layers"], row["rule"]) == (model.cfg.n_layers, "gated_delta_net")
+    assert (row["layers"], row["rule"]) == (model.cfg.n_layers, RULES[model.cfg.model_name])
     assert (row["heads"], row["d_k"], row["d_v"]) == (model.cfg.n_heads, model.cfg.d_k, model.cfg.d_v)
