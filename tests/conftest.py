@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 # Where flash-linear-attention is installed, transformers binds its Triton kernels as these modules are imported, even on a
 # machine that has no GPU to run them. The tests compare with transformers' own code, so it must not find the package.
 sys.modules["fla"] = None  # type: ignore[assignment]
-for family in ("qwen3_5", "qwen3_next", "kimi_linear"):
+for family in ("qwen3_5", "qwen3_next", "kimi_linear", "mamba2"):
     importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 del sys.modules["fla"]
 

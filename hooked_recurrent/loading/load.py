@@ -121,9 +121,12 @@ def read_config(folder: Path, name: str) -> tuple[str, ModelConfig]:
     family = _family(raw.get("model_type"))
     if getattr(family, "READS_MAPPING", False):
         return raw["model_type"], family.config_from_mapping(_completed(family, raw, lambda: open_folder(folder)), name)
-    from transformers import AutoConfig
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return raw["model_type"], family.config_from_hf(AutoConfig.from_pretrained(folder), name)
+    # Not AutoConfig: once flash-linear-attention is imported, that gives its class, with its defaults, for "mamba2".
+    config_class = getattr(transformers, CONFIG_MAPPING_NAMES[raw["model_type"]])
+    return raw["model_type"], family.config_from_hf(config_class.from_pretrained(folder), name)
 
 
 def _completed(family: Any, raw: dict[str, Any], checkpoint: Callable[[], Checkpoint]) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from functools import lru_cache
 
 import pytest
 import torch
+import transformers
 
 from hooked_recurrent import HookedRecurrentModel
+from hooked_recurrent.loading.load import read_config
 from tests.hooked_recurrent.loading.official_mamba2 import (
     config,
     logits_of,
@@ -261,3 +263,15 @@ def test_a_config_of_neither_layout_is_refused(tmp_path, as_users_run):
     with pytest.raises(ValueError, match="model type None is not supported; known are .*mamba2"):
         HookedRecurrentModel.from_pretrained(folder)
     assert config().model_type == "mamba2"
+
+
+def test_a_config_means_what_transformers_says_also_beside_flash_linear_attention(tmp_path):
+    """That package registers a class of its own, with other defaults, under the same model type."""
+    import fla.models  # noqa: F401
+    from transformers import AutoConfig
+
+    small = {"hidden_size": 32, "expand": 4, "head_dim": 16, "num_heads": 8, "num_hidden_layers": 1, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba2", **small}))
+    assert AutoConfig.from_pretrained(tmp_path).n_groups != transformers.Mamba2Config().n_groups  # the trap is there
+    _, cfg = read_config(tmp_path, "small")
+    assert cfg.mixer.n_groups == transformers.Mamba2Config().n_groups
