@@ -11,7 +11,6 @@ from typing import Any
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.loading import fla
 from hooked_recurrent.loading.checkpoint import Entry
-from hooked_recurrent.loading.fla import ignored
 from hooked_recurrent.mixers.delta_net import DeltaNetConfig
 
 SAVED_AS = "delta_net"
@@ -22,16 +21,6 @@ DEFAULTS: dict[str, Any] = {
     **{"num_heads": 16, "expand_k": 1.0, "expand_v": 1.0, "conv_size": 4, "use_short_conv": True},
     **{"use_beta": True, "allow_neg_eigval": False, "use_gate": False, "qk_norm": "l2", "qk_activation": "silu"},
 }
-__all__ = [
-    "MODEL_TYPES",
-    "READS_MAPPING",
-    "RULE",
-    "SAVED_AS",
-    "config_from_mapping",
-    "config_to_hf",
-    "entries",
-    "ignored",
-]
 
 
 def config_from_mapping(raw: Mapping[str, Any], name: str) -> ModelConfig:

@@ -132,8 +132,3 @@ def convolutions(theirs: str, ours: str) -> Iterator[Entry]:
             lambda tensor: (tensor.squeeze(1),),
             lambda tensor: tensor.unsqueeze(1),
         )
-
-
-def ignored(name: str) -> bool:
-    """Tensors of parts that this package leaves out: none."""
-    return False

@@ -12,7 +12,6 @@ from typing import Any
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.loading import fla
 from hooked_recurrent.loading.checkpoint import Entry
-from hooked_recurrent.loading.fla import ignored
 from hooked_recurrent.mixers.gated_linear_attention import GatedLinearAttentionConfig
 
 SAVED_AS = "gla"
@@ -24,16 +23,6 @@ DEFAULTS: dict[str, Any] = {
     **{"use_short_conv": False, "conv_size": 4, "use_output_gate": True, "elementwise_affine": True},
 }
 RANK, DIVISOR = 16, 16.0
-__all__ = [
-    "MODEL_TYPES",
-    "READS_MAPPING",
-    "RULE",
-    "SAVED_AS",
-    "config_from_mapping",
-    "config_to_hf",
-    "entries",
-    "ignored",
-]
 
 
 def config_from_mapping(raw: Mapping[str, Any], name: str) -> ModelConfig:

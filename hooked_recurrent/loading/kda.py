@@ -10,7 +10,6 @@ from typing import Any
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.loading import fla
 from hooked_recurrent.loading.checkpoint import Entry, factor
-from hooked_recurrent.loading.fla import ignored
 from hooked_recurrent.mixers.kimi_delta_attention import KimiDeltaAttentionConfig
 
 SAVED_AS = "kda"
@@ -23,16 +22,6 @@ DEFAULTS: dict[str, Any] = {
 }
 # Below this bound the package's faster kernels (safe_gate) are not exact.
 SAFE_BOUND = -5.0
-__all__ = [
-    "MODEL_TYPES",
-    "READS_MAPPING",
-    "RULE",
-    "SAVED_AS",
-    "config_from_mapping",
-    "config_to_hf",
-    "entries",
-    "ignored",
-]
 
 
 def config_from_mapping(raw: Mapping[str, Any], name: str) -> ModelConfig:

@@ -15,14 +15,12 @@ from torch import Tensor
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.loading import fla
 from hooked_recurrent.loading.checkpoint import Entry
-from hooked_recurrent.loading.fla import ignored
 from hooked_recurrent.mixers.kimi_delta_attention import KimiDeltaAttentionConfig
 
 SAVED_AS = "kimi_linear"
 RULE = KimiDeltaAttentionConfig.rule
 MODEL_TYPES = (SAVED_AS,)
 NORMS = (("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2"))
-__all__ = ["MODEL_TYPES", "RULE", "SAVED_AS", "config_from_hf", "config_to_hf", "entries", "holds", "ignored"]
 
 
 def config_from_hf(hf: Any, name: str) -> ModelConfig:

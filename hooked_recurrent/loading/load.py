@@ -28,7 +28,8 @@ from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo.bundled import bundled_models
 
 # A family is a module of one checkpoint layout: MODEL_TYPES it reads, and the RULE that it saves and SAVED_AS what. Where
-# READS_MAPPING, it reads config.json itself; where `holds` says no, a later family of the rule may save the model.
+# READS_MAPPING, it reads config.json itself; where `holds` says no, a later family of the rule may save the model; `ignored`
+# names the tensors that it leaves out.
 FAMILIES = {
     model_type: family
     for family in (qwen, mamba2, rwkv7, delta_net, gla, kimi, kda)
@@ -152,7 +153,7 @@ def _build(
         model,
         entries,
         checkpoint,
-        ignored=lambda tensor: tensor == tied_copy or family.ignored(tensor),
+        ignored=lambda tensor: tensor == tied_copy or (hasattr(family, "ignored") and family.ignored(tensor)),
         dtype=dtype,
         device=device,
     )

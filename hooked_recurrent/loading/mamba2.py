@@ -175,11 +175,6 @@ def config_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def ignored(name: str) -> bool:
-    """Tensors of parts that this package leaves out: none."""
-    return False
-
-
 def entries(cfg: ModelConfig, names: list[str], model_type: str) -> Iterator[Entry]:
     """Every tensor of the checkpoint, in reading order. `names` tells how the embedding is called."""
     original = "backbone.embedding.weight"

@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hooked_recurrent.model import HookedRecurrentModel
-
 VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
 D_VOCAB = 65536
 CLASSES = ("RWKV7Tokenizer", "RwkvTokenizer")
@@ -34,7 +32,7 @@ def is_world(folder: Path) -> bool:
         return False
 
 
-def attach(model: HookedRecurrentModel, folder: Path | None) -> None:
+def attach(model: Any, folder: Path | None) -> None:
     """Give a model without tokenizer the World tokenizer, if its folder has the vocabulary or its size tells so.
 
     Where the packages are missing the model stays without one, and says what to install when it is given text.
