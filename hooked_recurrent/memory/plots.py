@@ -187,9 +187,10 @@ def _label(
         return
     names = _names(positions, tokens, length)
     stride = -(-len(names) // MOST_LABELS)
-    style = {"rotation": 90 if side == "x" else 0, "fontsize": 7, "parse_math": False}
-    axes.set(**{f"{side}ticks": list(positions)[::stride]})
-    (axes.set_xticklabels if side == "x" else axes.set_yticklabels)(names[::stride], **style)
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_ticks(list(positions)[::stride], names[::stride], rotation=90 if side == "x" else 0, fontsize=7)
+    for label in axis.get_ticklabels():
+        label.set_parse_math(False)
 
 
 def _legend(axes: Axes, title: str | None = None) -> None:

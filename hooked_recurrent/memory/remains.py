@@ -66,9 +66,11 @@ def retention(
 
     def compare(state: Tensor, index: int) -> Tensor:
         now = state[:, 0].mT.unflatten(2, (len(chosen), *terms))
-        length = now.norm(dim=-1)
-        lengths.append(length)
-        cosines.append(_quotient((now * key).sum(dim=-1), length * key_length))
+        # What is left may be so small that its square is lost: lengths are taken at the scale of the largest entry.
+        size = now.abs().amax(dim=-1, keepdim=True)
+        scaled = _quotient(now, size)
+        lengths.append(size[..., 0] * scaled.norm(dim=-1))
+        cosines.append(_quotient((scaled * key).sum(dim=-1), scaled.norm(dim=-1) * key_length))
         return state
 
     hot = one_hot_writes(factors, chosen)

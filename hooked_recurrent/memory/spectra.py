@@ -22,7 +22,7 @@ class Spectrum:
     positions: tuple[int, ...]
     """The positions along the pos axis, counted from the first one of the run or factors."""
     singular_values: Float[Tensor, "batch head pos rank"]
-    """From the largest down; there are min(d_k, d_v)."""
+    """From the largest down; there are min(d_k, d_v). Below the dtype's precision times the largest they are rounding."""
 
     def norm(self) -> Float[Tensor, "batch head pos"]:
         """Frobenius norm of the state."""
