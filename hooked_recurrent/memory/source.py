@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent.cache import RecurrentCache
@@ -13,7 +14,7 @@ ROLES = ("log_decay", "erase", "probe", "write_key", "write_value", "query")
 
 Source = Factors | RecurrentCache
 """The cache of a run (which has many layers, and knows the state it started from), or the factors of one layer."""
-Indices = int | slice | Iterable[int] | None
+Indices = int | slice | Iterable[int] | Int[Tensor, "some"] | None
 """Which heads or positions: one, a slice, several, or None for all. The axis stays, also for one."""
 
 
@@ -89,7 +90,9 @@ def one_hot_writes(factors: Factors, positions: list[int]) -> Factors:
     columns = len(positions) * (terms[0] if terms else 1)
     like = factors.write_value
     value = torch.zeros(length, *terms, columns, dtype=like.dtype, device=like.device)
-    value[positions] = torch.eye(columns, dtype=like.dtype, device=like.device).view(len(positions), *terms, columns)
+    identity = torch.eye(columns, dtype=like.dtype, device=like.device).view(len(positions), *terms, columns)
+    # added, not put: a position that is asked for twice has two columns
+    value.index_add_(0, torch.tensor(positions, device=like.device), identity)
     return Factors(**{**vars(factors), "write_value": value[None, :, None].expand(batch, -1, heads, *value.shape[1:])})
 
 

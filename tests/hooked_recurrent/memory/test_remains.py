@@ -69,6 +69,12 @@ def test_a_write_starts_whole_and_is_nothing_before(rule):
         assert distance(values.diagonal(dim1=2, dim2=3), torch.ones(2, 4, 9, dtype=torch.float64)) <= 1e-12
 
 
+def test_a_write_may_be_asked_for_twice():
+    factors = random_factors(5, erase="decoupled", terms=2)
+    once, twice = retention(factors, positions=2), retention(factors, positions=[2, 2, -3])
+    assert torch.equal(twice.remaining, once.remaining.expand(-1, -1, -1, 3, -1))
+
+
 def test_decay_alone_shortens_and_an_erase_of_the_same_key_takes_all():
     """Two positions by hand: a half is left after one decay of 1/2; a full delta step on the same key leaves nothing."""
     key = torch.tensor([3.0, 4.0]).double()
