@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from hooked_recurrent import WriteEdit
-from tests.hooked_recurrent.models import RULES, tiny_model, tokens_of
+from tests.hooked_recurrent.models import tiny_model, tokens_of
 
 LAYER, HEADS, D_K, D_V = 1, 4, 3, 5
 EXACT = 1e-9
@@ -44,7 +44,6 @@ edits = st.builds(
 )
 runs = st.fixed_dictionaries(
     {
-        "rule": st.sampled_from(list(RULES)),
         "length": st.integers(1, 40),
         "before": st.integers(0, 6),
         "edits": st.lists(edits, max_size=3),

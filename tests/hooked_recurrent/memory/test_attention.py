@@ -34,9 +34,10 @@ def by_hand(factors):
     return out
 
 
+@over_rules
 @given(runs)
-def test_the_reads_are_put_together_again(values):
-    cache = cache_of(**values)
+def test_the_reads_are_put_together_again(rule, values):
+    cache = cache_of(rule, **values)
     result = effective_attention(cache, LAYER)
     assert distance(result.read(), cache[READ]) <= EXACT
     assert (result.from_initial_state is None) == (values["before"] == 0)

@@ -36,9 +36,10 @@ def check(source, layer, factors, positions):
         assert distance(got, expected) <= EXACT
 
 
+@pytest.mark.parametrize("rule", RULES)
 @given(runs)
-def test_what_is_left_is_the_product_of_the_transitions(values):
-    cache = cache_of(**(values | {"length": min(values["length"], 10)}))
+def test_what_is_left_is_the_product_of_the_transitions(rule, values):
+    cache = cache_of(rule, **(values | {"length": min(values["length"], 10)}))
     factors = cache.factors(LAYER)
     check(cache, LAYER, factors, list(range(0, factors.length, 3)) + [-1])
 

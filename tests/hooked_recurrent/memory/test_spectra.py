@@ -17,9 +17,10 @@ def spectrum_of(*rows):
     return Spectrum((0,), tuple(range(len(rows))), values)
 
 
+@pytest.mark.parametrize("rule", RULES)
 @given(runs)
-def test_singular_values_are_those_of_the_states(values):
-    cache = cache_of(**(values | {"length": min(values["length"], 12)}))
+def test_singular_values_are_those_of_the_states(rule, values):
+    cache = cache_of(rule, **(values | {"length": min(values["length"], 12)}))
     states = cache.state(LAYER, slice(None), slice(None)).transpose(1, 2)
     result = spectrum(cache, LAYER)
     assert result.singular_values.shape == (2, 4, states.shape[2], 3)
@@ -65,10 +66,11 @@ def test_ranks_follow_their_definitions():
         found.effective_rank(power=0.0)
 
 
+@pytest.mark.parametrize("rule", RULES)
 @given(runs)
-def test_ranks_are_ordered(values):
+def test_ranks_are_ordered(rule, values):
     """Stable rank <= effective rank of the squares <= Roy and Vetterli's <= min(d_k, d_v)."""
-    result = spectrum(cache_of(**(values | {"length": min(values["length"], 6)})), LAYER)
+    result = spectrum(cache_of(rule, **(values | {"length": min(values["length"], 6)})), LAYER)
     ranks = [result.stable_rank(), result.effective_rank(), result.effective_rank(power=1.0)]
     for low, high in zip(ranks, [*ranks[1:], torch.full_like(ranks[0], 3.0)], strict=True):
         assert (low <= high + 1e-9).all()
