@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hooked_recurrent.files import write_text
+from hooked_recurrent.memory.decay import half_life_quartiles
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import corpus
 from hooked_recurrent.zoo.command import run_command
@@ -146,9 +147,7 @@ def half_lives(log_decay: dict[int, Float[Tensor, "tokens head *d_k"]]) -> tuple
     for layer, rates in log_decay.items():
         for head, of_head in enumerate(rates.unbind(1)):
             values = of_head.flatten().numpy().astype(np.float64).clip(max=SLOWEST_LOG_DECAY)
-            # Half-life is increasing in log-decay, so its quartiles are those of the log-decay, in the same order.
-            lives = math.log(0.5) / np.array([*np.quantile(values, [0.25, 0.5, 0.75]), values.mean()])
-            rows.append(HalfLife(layer, head, *lives.tolist()))
+            rows.append(HalfLife(layer, head, *half_life_quartiles(values).tolist()))
     return tuple(rows)
 
 

@@ -1,0 +1,26 @@
+"""Looking at a memory: what reads read, how long writes last, how full the state is. For every rule, from the six roles alone.
+
+    effective_attention   how much of every write is in every read, exactly
+    retention             how much of a write is left in the state, token after token
+    spectrum              singular values of the state over time, and its effective ranks
+    half_life             how many tokens the decay alone leaves a memory
+
+Each takes the cache of a run (or bare Factors) and gives a small result with its numbers as tensors and `to_dataframe()`;
+`hooked_recurrent.memory.plots` draws them.
+"""
+
+from hooked_recurrent.memory.attention import EffectiveAttention, effective_attention
+from hooked_recurrent.memory.decay import HalfLives, half_life
+from hooked_recurrent.memory.remains import Retention, retention
+from hooked_recurrent.memory.spectra import Spectrum, spectrum
+
+__all__ = [
+    "EffectiveAttention",
+    "HalfLives",
+    "Retention",
+    "Spectrum",
+    "effective_attention",
+    "half_life",
+    "retention",
+    "spectrum",
+]
