@@ -10,7 +10,7 @@ Step equivalence: for any edits, and any hook functions of absolute positions, o
 state on, and token by token give the same logits, caches and final state up to rounding.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -204,18 +204,64 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
             if self.cfg.residual_in_fp32:
                 resid = resid.to(state_dtype(resid.dtype))
-            per_layer = []
-            for block, layer_state in zip(self.blocks, state.layers, strict=True):
-                resid, layer_states = block(resid, layer_state, call)
-                per_layer.append(layer_states)
-            final = self.ln_final(resid)
-            if unembed:
-                final = nn.functional.linear(final, self.W_U.T)
+            final, per_layer = self._through(resid, state, call, 0, unembed)
         check_finite(self, final, tokens, state, edits)
         self.last_call = call
         ends = [state.position + stop for stop in stops]
         states = [RecurrentState(layers, end) for layers, end in zip(zip(*per_layer, strict=True), ends, strict=True)]
         return final, states
+
+    def _through(
+        self, resid: Tensor, state: RecurrentState, call: Call, first: int, unembed: bool
+    ) -> tuple[Tensor, list[list[LayerState]]]:
+        """The blocks from `first` on, the last norm and the unembedding; and the states of these blocks."""
+        per_layer = []
+        for block, layer_state in zip(list(self.blocks)[first:], state.layers[first:], strict=True):
+            resid, layer_states = block(resid, layer_state, call)
+            per_layer.append(layer_states)
+        final = self.ln_final(resid)
+        return (nn.functional.linear(final, self.W_U.T) if unembed else final), per_layer
+
+    def run_from(
+        self,
+        layer: int,
+        resid: Float[Tensor, "batch pos d_model"],
+        state: RecurrentState,
+        *,
+        shared: Mapping[str, Tensor] | None = None,
+        edits: Iterable[WriteEdit] = (),
+        backend: str = "auto",
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a run that enters at a layer, for an intervention that leaves everything below as it was.
+
+        Args:
+            layer: the first block that runs; the hooks of this and the later ones fire.
+            resid: what its hook_resid_pre shows at these positions.
+            state: the state before them; what it holds of the layers below is not looked at.
+            shared: what earlier layers leave for later ones at these positions (`model.last_call.shared` of a plain pass).
+            edits: as in `forward`, none of them below `layer`.
+
+        Raises:
+            ValueError, IndexError: for a layer, state or edit that does not fit, and for NaN or Inf in the logits.
+        """
+        if not 0 <= layer < self.cfg.n_layers:
+            raise IndexError(f"layer {layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
+        checked = check_edits(edits)
+        for edit in checked:
+            edit.check(self.cfg, None)
+            if edit.layer < layer:
+                raise ValueError(f"the edit at {edit.where} lies below layer {layer}, where this run enters")
+        below = (LayerState(),) * layer
+        state = RecurrentState((*below, *state.layers[layer:]), state.position)
+        check_state(state, list(self.blocks), resid.shape[0])
+        call = Call(self.clock, checked, (resid.shape[1],), backend, dict(shared or {}))
+        with self.clock.running(state.position, resid.shape[1]):
+            logits, _ = self._through(resid, state, call, layer, unembed=True)
+        if not torch.isfinite(logits.detach().sum(dtype=torch.float64)):
+            raise ValueError(
+                f"NaN or Inf in the logits of a run that entered at layer {layer}, position {state.position}"
+            )
+        return logits
 
     def run_with_cache(
         self,
