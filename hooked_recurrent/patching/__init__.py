@@ -1,5 +1,5 @@
 """Many interventions at the price of what they change."""
 
-from hooked_recurrent.patching.forks import Fork, run_edits
+from hooked_recurrent.patching.forks import Fork, Trunk, run_edits
 
-__all__ = ["Fork", "run_edits"]
+__all__ = ["Fork", "Trunk", "run_edits"]

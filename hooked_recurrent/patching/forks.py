@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.hooks import reads_only
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.state import RecurrentState
 
@@ -33,6 +34,31 @@ class Fork:
     """Its first edited position, which is that of logits[0]."""
     logits: Float[Tensor, "pos d_vocab"]
     """From that position to the horizon."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What one plain pass over a text leaves for all forks of it; kept, it serves any number of calls of `run_edits`."""
+
+    inputs: dict[int, Float[Tensor, "one pos d_model"]]
+    """Per layer what its hook_resid_pre shows."""
+    shared: dict[str, Tensor]
+    """What layers leave for the layers above them, [one, pos, ...]."""
+    states: dict[int, RecurrentState]
+    """Per position the state before it."""
+
+    @staticmethod
+    def grow(model: HookedRecurrentModel, text: Int[Tensor, "one pos"], positions: Collection[int]) -> "Trunk":
+        """One plain pass over a text, keeping the inputs of all recurrent layers and the states at these positions."""
+        inputs: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable:
+            return reads_only(lambda tensor, hook: inputs.__setitem__(layer, tensor.detach()))
+
+        hooks = [(f"blocks.{layer}.hook_resid_pre", keep(layer)) for layer in model.cfg.recurrent_layers]
+        with model.hooks(fwd_hooks=hooks):
+            states = model.snapshots(text, positions)
+        return Trunk(inputs, dict(model.last_call.shared), states)
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,7 @@ def run_edits(
     *,
     horizon: int | None = 1,
     memory: int = 2**30,
+    trunk: Trunk | None = None,
     done: Collection[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Fork]:
@@ -68,6 +95,7 @@ def run_edits(
         horizon: how many positions after an intervention's first one are wanted: 0 for the logits at t, 1 for t and t + 1, None
             for the whole rest of the text.
         memory: about how many bytes the states and activations of one batch, and the kept states, may take each.
+        trunk: the kept pass of the one text in `tokens`, with the states of all edited positions; grown here when left out.
         done: indices to leave out, for instance because an earlier run measured them.
         on_progress: told (how many are done, how many there are) after every batch.
 
@@ -81,8 +109,13 @@ def run_edits(
     if horizon is not None and horizon < 0:
         raise ValueError(f"horizon must be at least 0, got {horizon}")
     jobs = [_job(model, tokens, index, given, horizon) for index, given in enumerate(interventions)]
+    if trunk is not None:
+        missing = {job.position for job in jobs} - set(trunk.states)
+        if len(tokens) != 1 or missing:
+            what = f"no state at {min(missing)}" if missing else f"one text, not {len(tokens)}"
+            raise ValueError(f"the trunk holds {what}")
     wanted = sorted((job for job in jobs if job.index not in set(done)), key=lambda job: (*job.place, job.index))
-    return _run(model, tokens, wanted, horizon, memory, on_progress)
+    return _run(model, tokens, wanted, horizon, memory, trunk, on_progress)
 
 
 def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object, horizon: int | None) -> _Job:
@@ -114,22 +147,21 @@ def _run(
     jobs: list[_Job],
     horizon: int | None,
     memory: int,
+    trunk: Trunk | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[Fork]:
     finished = 0
     for row, of_row in groupby(jobs, key=lambda job: job.row):
         mine = list(of_row)
         text = tokens[row : row + 1]
-        names = [f"blocks.{layer}.hook_resid_pre" for layer in sorted({job.layer for job in mine})]
-        _, inputs = model.run_with_cache(text, names_filter=names, return_type=None)
-        shared = model.last_call.shared
-        for state, here in _states(model, text, mine, memory):
+        kept = trunk or Trunk.grow(model, text, [])
+        for state, here in _states(model, text, mine, memory, kept):
             for layer, at_layer in groupby(here, key=lambda job: job.layer):
                 group = list(at_layer)
                 start, stop = state.position, text.shape[1]
                 stop = stop if horizon is None else min(stop, start + horizon + 1)
-                resid = inputs[f"blocks.{layer}.hook_resid_pre"][:, start:stop]
-                beside = {name: tensor[:, start:stop] for name, tensor in shared.items()}
+                resid = kept.inputs[layer][:, start:stop]
+                beside = {name: tensor[:, start:stop] for name, tensor in kept.shared.items()}
                 size = max(1, memory // _bytes_per_row(model, state, layer, stop - start))
                 for batch in (group[i : i + size] for i in range(0, len(group), size)):
                     logits = _side_by_side(model, layer, resid, state, beside, batch)
@@ -141,10 +173,13 @@ def _run(
 
 
 def _states(
-    model: HookedRecurrentModel, text: Tensor, jobs: list[_Job], memory: int
+    model: HookedRecurrentModel, text: Tensor, jobs: list[_Job], memory: int, trunk: Trunk
 ) -> Iterator[tuple[RecurrentState, list[_Job]]]:
     """The state before every edited position of a text, with the jobs there; as many at a time as `memory` holds."""
     groups = [(position, list(here)) for position, here in groupby(jobs, key=lambda job: job.position)]
+    if trunk.states:
+        yield from ((trunk.states[position], here) for position, here in groups)
+        return
     state = None
     while groups:
         start = 0 if state is None else state.position

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooked_recurrent import WriteEdit
-from hooked_recurrent.patching import run_edits
+from hooked_recurrent.patching import Trunk, run_edits
 from tests.hooked_recurrent.models import HYBRID, STACKS, distance, tiny_model, tokens_of
 
 EXACT = 1e-9  # float64
@@ -121,3 +121,19 @@ def test_a_run_that_enters_at_a_layer(as_users_run):
         model.run_from(1, cache["blocks.1.hook_resid_pre"], empty, edits=[WriteEdit(0, 0, 1, "delete")])
     with pytest.raises(ValueError, match="NaN or Inf in the logits of a run that entered at layer 1, position 0"):
         model.run_from(1, cache["blocks.1.hook_resid_pre"] * torch.nan, empty)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_kept_trunk_serves_many_calls(name, as_users_run):
+    model = model_of(name)
+    text = tokens_of(model, length=LENGTH)[:1]
+    trunk = Trunk.grow(model, text, [3, 7])
+    for layer in model.cfg.recurrent_layers:
+        edits = [WriteEdit(layer, 1, t, "delete") for t in (7, 3)]
+        for fork in run_edits(model, text, edits, horizon=2, trunk=trunk):
+            full = model.run_with_hooks(text, edits=[edits[fork.index]])[0, fork.position : fork.position + 3]
+            assert distance(fork.logits, full) <= EXACT
+    with pytest.raises(ValueError, match="the trunk holds no state at 5"):
+        run_edits(model, text, [WriteEdit(0, 0, 5, "delete")], trunk=trunk)
+    with pytest.raises(ValueError, match="the trunk holds one text, not 2"):
+        run_edits(model, text.repeat(2, 1), [WriteEdit(0, 0, 3, "delete", batch=0)], trunk=trunk)
