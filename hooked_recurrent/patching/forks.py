@@ -8,7 +8,7 @@ those of a full pass with the same edit, up to rounding.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 import torch
 from jaxtyping import Float, Int
@@ -208,9 +208,27 @@ def _side_by_side(
 ) -> Float[Tensor, "row pos d_vocab"]:
     """One batch: a row per job, all from the same state."""
     rows = len(jobs)
-    edits = [replace(edit, batch=index) for index, job in enumerate(jobs) for edit in job.edits]
+    edits = [edit for slot in zip_longest(*(job.edits for job in jobs)) for edit in _merged(slot)]
     beside = {name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in shared.items()}
     return model.run_from(layer, resid.expand(rows, -1, -1), state.fork(rows), shared=beside, edits=edits)
+
+
+def _merged(slot: Sequence[WriteEdit | None]) -> Iterator[WriteEdit]:
+    """The edits of a batch, one per row at most, with those of the same site and kind as one: each edit costs a copy."""
+    alike: dict[tuple, list[int]] = {}
+    for row, edit in enumerate(slot):
+        if edit is not None:
+            vectors = isinstance(edit.position, int) and (edit.key is None or edit.key.ndim == edit.value.ndim == 1)  # type: ignore[union-attr]
+            kind = (edit.layer, edit.head, edit.position, edit.op, edit.form, edit.scale) if vectors else (row,)
+            alike.setdefault(kind, []).append(row)
+    for rows in alike.values():
+        first, several = slot[rows[0]], [slot[row] for row in rows]
+        assert first is not None
+        if first.key is None or len(rows) == 1:
+            yield replace(first, batch=torch.tensor(rows))
+            continue
+        key, value = (torch.stack([getattr(edit, side) for edit in several])[:, None] for side in ("key", "value"))
+        yield replace(first, batch=torch.tensor(rows), key=key, value=value)
 
 
 def _state_bytes(state: RecurrentState, first: int = 0) -> int:

@@ -82,6 +82,23 @@ def test_nothing_below_or_before_runs_again():
     assert all(rows == 1 for rows, _ in below)
 
 
+@pytest.mark.parametrize("op", ["replace", "add", "delete", "scale"])
+def test_alike_edits_run_as_one(op):
+    """A batch of edits of one site, whose sides differ from row to row, and one that is given per position."""
+    model, text = model_of("mamba2"), tokens_of(model_of("mamba2"), length=LENGTH)[:1]
+    some = []
+    for row in range(4):
+        key, value = torch.randn(3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+        sides = {"key": key, "value": value} if op in ("replace", "add") else {}
+        sides = {"scale": 0.5 if row < 2 else -1.0} if op == "scale" else sides
+        if row == 3 and sides.get("key") is not None:
+            sides = {name: side[None] for name, side in sides.items()}
+        some.append(WriteEdit(0, 2, 4, op, **sides))
+    for fork in run_edits(model, text, some, horizon=None):
+        full = model.run_with_hooks(text, edits=[some[fork.index]])[0, 4:]
+        assert distance(fork.logits, full) <= EXACT
+
+
 BAD = {
     "no edits": ([[]], "intervention 0 has no edits"),
     "no row": ([WriteEdit(0, 0, 1, "delete")], "intervention 0 must name one row of the 2 texts"),
