@@ -154,7 +154,7 @@ def _run(
     for row, of_row in groupby(jobs, key=lambda job: job.row):
         mine = list(of_row)
         text = tokens[row : row + 1]
-        kept = trunk or Trunk.grow(model, text, [])
+        kept = trunk or Trunk.grow(model, text, [mine[0].position])
         for state, here in _states(model, text, mine, memory, kept):
             for layer, at_layer in groupby(here, key=lambda job: job.layer):
                 group = list(at_layer)
@@ -175,27 +175,23 @@ def _run(
 def _states(
     model: HookedRecurrentModel, text: Tensor, jobs: list[_Job], memory: int, trunk: Trunk
 ) -> Iterator[tuple[RecurrentState, list[_Job]]]:
-    """The state before every edited position of a text, with the jobs there; as many at a time as `memory` holds."""
+    """The state before every edited position of a text, with the jobs there; as many at a time as `memory` holds.
+
+    The trunk has the first one at least; those that it lacks are taken on the way on from there.
+    """
     groups = [(position, list(here)) for position, here in groupby(jobs, key=lambda job: job.position)]
-    if trunk.states:
-        yield from ((trunk.states[position], here) for position, here in groups)
-        return
-    state = None
-    while groups:
-        start = 0 if state is None else state.position
-        if state is None:
-            state = model.snapshots(text[:, :1], [0])[0]
-        several = max(1, memory // max(1, _state_bytes(state)))
-        now, groups = groups[:several], groups[several:]
-        last = now[-1][0]
-        positions = [position for position, _ in now]
-        if last > start:
-            taken = model.snapshots(text[:, start:last], positions, state=state if start else None)
-        else:
-            taken = {last: state}
+    state = trunk.states[groups[0][0]]
+    several = max(1, memory // max(1, _state_bytes(state)))
+    for now in (groups[i : i + several] for i in range(0, len(groups), several)):
+        taken, positions = trunk.states, [position for position, _ in now]
+        if not taken.keys() >= set(positions):
+            start, last = state.position, positions[-1]
+            taken = {start: state}
+            if last > start:
+                taken = model.snapshots(text[:, start:last], positions, state=state)
         for position, here in now:
             yield taken[position], here
-        state = taken[last]
+        state = taken[positions[-1]]
 
 
 def _side_by_side(

@@ -1,39 +1,21 @@
 """Gated Linear Attention: its roles and read-out by hand from the weights, its options, what its state holds."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from hooked_recurrent import GatedLinearAttentionConfig, HookedRecurrentModel
-from tests.hooked_recurrent.models import distance, tiny_config, tokens_of
+from hooked_recurrent import GatedLinearAttentionConfig
+from tests.hooked_recurrent.mixers.by_hand import EXACT, PREFIX, cached, model_with
+from tests.hooked_recurrent.models import distance, tokens_of
 
 STACK = ("gated_linear_attention", "gated_linear_attention")
-PREFIX = "blocks.0.mixer.hook_"
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
 NAMES = "q k v log_decay write_key write_value query read z".split()
-
-
-def model_of(**options):
-    """A tiny model with other options of its mixers; 4 heads, 2 of key and value."""
-    cfg = tiny_config(STACK)
-    torch.manual_seed(1)
-    model = HookedRecurrentModel(replace(cfg, mixer=replace(cfg.mixer, **options))).double().requires_grad_(False)
-    for weight in model.parameters():
-        weight.normal_(std=weight.shape[-1] ** -0.5 if weight.ndim == 2 else 1.0)
-    return model
-
-
-def cached(model, tokens):
-    _, cache = model.run_with_cache(tokens)
-    return cache["blocks.0.ln1.hook_normalized"], {name: cache[PREFIX + name] for name in NAMES}
 
 
 @pytest.mark.parametrize("conv_size", [None, 3])
 def test_the_roles_are_what_the_recurrence_consumes(conv_size):
-    model = model_of(conv_size=conv_size, decay_divisor=4.0)
+    model = model_with(STACK[0], conv_size=conv_size, decay_divisor=4.0)
     mixer = model.blocks[0].mixer
-    x, at = cached(model, tokens_of(model))
+    x, at = cached(model, tokens_of(model), NAMES)
     assert f"{PREFIX}erase" not in model.hook_dict
     raw = x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T + mixer.decay[1].bias
     groups = raw.sigmoid().log().unflatten(-1, (2, 3)) / 4
@@ -52,19 +34,19 @@ def test_the_roles_are_what_the_recurrence_consumes(conv_size):
 
 
 def test_decays_are_held_at_their_limit():
-    free, held = model_of(), model_of(min_log_decay=-0.2)
+    free, held = model_with(STACK[0]), model_with(STACK[0], min_log_decay=-0.2)
     held.load_state_dict(free.state_dict())
     tokens = tokens_of(free)
-    log_decay = cached(free, tokens)[1]["log_decay"]
+    log_decay = cached(free, tokens, NAMES)[1]["log_decay"]
     assert log_decay.min() < -0.2 < log_decay.max()
-    torch.testing.assert_close(cached(held, tokens)[1]["log_decay"], log_decay.clamp(min=-0.2), **EXACT)
+    torch.testing.assert_close(cached(held, tokens, NAMES)[1]["log_decay"], log_decay.clamp(min=-0.2), **EXACT)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_read_out_by_hand(gated):
-    model = model_of(output_gate=gated)
+    model = model_with(STACK[0], output_gate=gated)
     mixer = model.blocks[0].mixer
-    x, at = cached(model, tokens_of(model))
+    x, at = cached(model, tokens_of(model), NAMES)
     state, reads = torch.zeros(2, 4, 3, 5, dtype=torch.float64), []
     for t in range(12):
         decay = at["log_decay"][:, t].exp()[..., None]
@@ -79,7 +61,7 @@ def test_the_read_out_by_hand(gated):
 
 @pytest.mark.parametrize("conv_size", [None, 3])
 def test_the_state_holds_a_tail_where_there_are_convolutions(conv_size):
-    model = model_of(conv_size=conv_size)
+    model = model_with(STACK[0], conv_size=conv_size)
     tokens = tokens_of(model)
     whole = model(tokens)
     first, state = model(tokens[:, :5], return_state=True)

@@ -8,34 +8,18 @@ import torch
 from torch.nn.functional import rms_norm, softplus
 
 from hooked_recurrent import HookedRecurrentModel, KimiDeltaAttentionConfig
+from tests.hooked_recurrent.mixers.by_hand import EXACT, PREFIX, cached, model_with
 from tests.hooked_recurrent.models import distance, tiny_config, tiny_model, tokens_of
 
 STACK = ("kimi_delta_attention", "kimi_delta_attention")
-PREFIX = "blocks.0.mixer.hook_"
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
 NAMES = "q k v beta log_decay erase probe write_key write_value query read z".split()
-
-
-def model_of(**options):
-    """A tiny model with other options of its mixers; 4 value heads, 2 of key and query."""
-    cfg = tiny_config(STACK)
-    torch.manual_seed(1)
-    model = HookedRecurrentModel(replace(cfg, mixer=replace(cfg.mixer, **options))).double().requires_grad_(False)
-    for weight in model.parameters():
-        weight.normal_(std=weight.shape[-1] ** -0.5 if weight.ndim == 2 else 1.0)
-    return model
-
-
-def cached(model, tokens):
-    _, cache = model.run_with_cache(tokens)
-    return cache["blocks.0.ln1.hook_normalized"], {name: cache[PREFIX + name] for name in NAMES}
 
 
 @pytest.mark.parametrize("lower_bound", [None, -2.0])
 def test_the_roles_are_what_the_recurrence_consumes(lower_bound):
-    model = model_of(lower_bound=lower_bound)
+    model = model_with(STACK[0], lower_bound=lower_bound)
     mixer = model.blocks[0].mixer
-    x, at = cached(model, tokens_of(model))
+    x, at = cached(model, tokens_of(model), NAMES)
     raw = (x @ mixer.decay[0].weight.T @ mixer.decay[1].weight.T + mixer.dt_bias).unflatten(-1, (4, 3))
     rate = mixer.A_log.exp()[:, None]
     log_decay = -rate * softplus(raw) if lower_bound is None else -2.0 * torch.sigmoid(rate * raw)
@@ -55,7 +39,7 @@ def test_the_roles_are_what_the_recurrence_consumes(lower_bound):
 def test_the_erase_asks_the_state_that_has_decayed():
     """As the paper writes it: decay first, then replace what the key finds by a mix with the new value."""
     model = tiny_model(STACK, seed=1).requires_grad_(False)
-    _, at = cached(model, tokens_of(model))
+    _, at = cached(model, tokens_of(model), NAMES)
     state, reads = torch.zeros(2, 4, 3, 5, dtype=torch.float64), []
     for t in range(12):
         key, beta = at["write_key"][:, t], at["beta"][:, t, :, None]
@@ -68,9 +52,9 @@ def test_the_erase_asks_the_state_that_has_decayed():
 
 @pytest.mark.parametrize("gate_bias", [False, True])
 def test_the_read_out_by_hand(gate_bias):
-    model = model_of(gate_bias=gate_bias)
+    model = model_with(STACK[0], gate_bias=gate_bias)
     mixer = model.blocks[0].mixer
-    x, at = cached(model, tokens_of(model))
+    x, at = cached(model, tokens_of(model), NAMES)
     gate = x @ mixer.gate[0].weight.T @ mixer.gate[1].weight.T
     gate = gate + mixer.gate[1].bias if gate_bias else gate
     z = rms_norm(at["read"], (5,), mixer.norm.weight, eps=1e-6) * gate.sigmoid().unflatten(-1, (4, 5))
@@ -78,10 +62,12 @@ def test_the_read_out_by_hand(gate_bias):
 
 
 def test_negative_eigenvalues_double_the_write_strength():
-    one, other = model_of(), model_of(negative_eigenvalues=True)
+    one, other = model_with(STACK[0]), model_with(STACK[0], negative_eigenvalues=True)
     other.load_state_dict(one.state_dict())
     tokens = tokens_of(one)
-    torch.testing.assert_close(2 * cached(one, tokens)[1]["beta"], cached(other, tokens)[1]["beta"], **EXACT)
+    torch.testing.assert_close(
+        2 * cached(one, tokens, NAMES)[1]["beta"], cached(other, tokens, NAMES)[1]["beta"], **EXACT
+    )
 
 
 CHANGED = {
@@ -100,14 +86,14 @@ def test_what_an_edit_changes(hook):
     """Upstream edits change the write and the erase; an edit of a role changes that role alone."""
     model = tiny_model(STACK).requires_grad_(False)
     tokens = tokens_of(model)
-    _, plain = cached(model, tokens)
+    _, plain = cached(model, tokens, NAMES)
 
     def change(tensor, hook):
         sign = 1 if hook.name.endswith("log_decay") else -1
         return sign * 0.5 * tensor.flip(-1) if tensor.ndim == 4 else 0.5 * tensor
 
     with model.hooks(fwd_hooks=[(PREFIX + hook, change)]):
-        _, edited = cached(model, tokens)
+        _, edited = cached(model, tokens, NAMES)
     roles = ["erase", "log_decay", "probe", "query", "write_key", "write_value"]
     assert [name for name in roles if not torch.equal(edited[name], plain[name])] == CHANGED[hook]
     assert distance(edited["z"], plain["z"]) > 1e-3

@@ -6,7 +6,7 @@ import torch
 
 from hooked_recurrent.zoo import card, compare, evaluate, train
 from hooked_recurrent.zoo.corpus import SourceFile
-from hooked_recurrent.zoo.train import Recipe
+from hooked_recurrent.zoo.recipes import Recipe
 
 LOG = [
     {"step": 10, "loss": 6.0, "tokens": 1000, "seconds": 60.0, "lr": 0.1},

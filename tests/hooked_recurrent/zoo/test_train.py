@@ -6,8 +6,9 @@ import torch
 
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.zoo import corpus, train
+from hooked_recurrent.zoo.recipes import Recipe, find_recipe
 from hooked_recurrent.zoo.tokenizer import train_tokenizer
-from hooked_recurrent.zoo.train import Cadence, Recipe, Trainer, find_recipe, fixed_windows, lr_factor, random_windows
+from hooked_recurrent.zoo.train import Cadence, Trainer, fixed_windows, lr_factor, random_windows
 
 CADENCE = Cadence(log=2, checkpoint=4, heldout=4, heldout_tokens=64)
 
