@@ -143,7 +143,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             raise ValueError(f"unknown return_type {return_type!r}; expected one of {RETURN_TYPES}")
         tokens = self._tokens(input)
         whole_text = state is None and not return_state
-        stops, unembed = (tokens.shape[1],), return_type is not None
+        stops, unembed = (tokens.shape[1],) if return_state else (), return_type is not None
         logits, states = self._run(tokens, state, check_edits(edits), stops, backend, whole_text, unembed)
         output: Any = None
         if return_type in ("loss", "both"):
@@ -198,7 +198,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         check_state(state, list(self.blocks), tokens.shape[0])
         for edit in edits:
             edit.check(self.cfg, tokens.shape[1] if whole_text else None)
-        call = Call(self.clock, edits, stops, backend)
+        call = Call(self.clock, edits, stops, backend=backend)
         with self.clock.running(state.position, tokens.shape[1]):
             resid = self.embed(tokens)
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
@@ -228,16 +228,20 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         resid: Float[Tensor, "batch pos d_model"],
         state: RecurrentState,
         *,
+        rows: int | None = None,
         shared: Mapping[str, Tensor] | None = None,
         edits: Iterable[WriteEdit] = (),
         backend: str = "auto",
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "rows pos d_vocab"]:
         """Logits of a run that enters at a layer, for an intervention that leaves everything below as it was.
 
         Args:
             layer: the first block that runs; the hooks of this and the later ones fire.
             resid: what its hook_resid_pre shows at these positions.
             state: the state before them; what it holds of the layers below is not looked at.
+            rows: run the one row of `resid` and `state` this many times side by side, each with the edits of its row (counted
+                in `WriteEdit.batch`). Nothing that rows share is copied, and what the entering layer does before its writes
+                is done once, unless a function is attached to that layer's hooks.
             shared: what earlier layers leave for later ones at these positions (`model.last_call.shared` of a plain pass).
             edits: as in `forward`, none of them below `layer`.
 
@@ -254,7 +258,14 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         below = (LayerState(),) * layer
         state = RecurrentState((*below, *state.layers[layer:]), state.position)
         check_state(state, list(self.blocks), resid.shape[0])
-        call = Call(self.clock, checked, (resid.shape[1],), backend, dict(shared or {}))
+        call = Call(self.clock, checked, backend=backend, shared=dict(shared or {}))
+        if rows is not None:
+            if resid.shape[0] != 1:
+                raise ValueError(f"rows fans out a single row, got a batch of {resid.shape[0]}")
+            if self.blocks[layer].can_fan_out:
+                call.rows = rows
+            else:
+                resid = resid.expand(rows, -1, -1)
         with self.clock.running(state.position, resid.shape[1]):
             logits, _ = self._through(resid, state, call, layer, unembed=True)
         if not torch.isfinite(logits.detach().sum(dtype=torch.float64)):

@@ -205,8 +205,7 @@ def _side_by_side(
     """One batch: a row per job, all from the same state."""
     rows = len(jobs)
     edits = [edit for slot in zip_longest(*(job.edits for job in jobs)) for edit in _merged(slot)]
-    beside = {name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in shared.items()}
-    return model.run_from(layer, resid.expand(rows, -1, -1), state.fork(rows), shared=beside, edits=edits)
+    return model.run_from(layer, resid, state, rows=rows, shared=shared, edits=edits)
 
 
 def _merged(slot: Sequence[WriteEdit | None]) -> Iterator[WriteEdit]:
