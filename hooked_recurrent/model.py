@@ -231,8 +231,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         rows: int | None = None,
         shared: Mapping[str, Tensor] | None = None,
         edits: Iterable[WriteEdit] = (),
+        at: Int[Tensor, "rows some"] | None = None,
         backend: str = "auto",
-    ) -> Float[Tensor, "rows pos d_vocab"]:
+    ) -> Float[Tensor, "rows some d_vocab"]:
         """Logits of a run that enters at a layer, for an intervention that leaves everything below as it was.
 
         Args:
@@ -244,6 +245,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
                 is done once, unless a function is attached to that layer's hooks.
             shared: what earlier layers leave for later ones at these positions (`model.last_call.shared` of a plain pass).
             edits: as in `forward`, none of them below `layer`.
+            at: per row, which positions of this run are unembedded, counted from its first; all by default.
 
         Raises:
             ValueError, IndexError: for a layer, state or edit that does not fit, and for NaN or Inf in the logits.
@@ -267,7 +269,10 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             else:
                 resid = resid.expand(rows, -1, -1)
         with self.clock.running(state.position, resid.shape[1]):
-            logits, _ = self._through(resid, state, call, layer, unembed=True)
+            final, _ = self._through(resid, state, call, layer, unembed=False)
+        if at is not None:
+            final = final.gather(1, at.to(final.device)[:, :, None].expand(-1, -1, final.shape[2]))
+        logits = nn.functional.linear(final, self.W_U.T)
         if not torch.isfinite(logits.detach().sum(dtype=torch.float64)):
             raise ValueError(
                 f"NaN or Inf in the logits of a run that entered at layer {layer}, position {state.position}"
