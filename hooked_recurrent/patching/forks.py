@@ -141,12 +141,9 @@ def run_edits(
         if len(tokens) != 1 or missing:
             what = f"no state at {min(missing)}" if missing else f"one text, not {len(tokens)}"
             raise ValueError(f"the trunk holds {what}")
-    left_out = set(done)
-    wanted = sorted(
-        (job for job in jobs if job.index not in left_out), key=lambda job: (job.row, job.position, job.index)
-    )
-    plan = _Plan(model, tokens, horizon, memory, last_only)
-    return plan.run(wanted, trunk, on_progress)
+    in_order = sorted(jobs, key=lambda job: (job.row, job.position, job.index))
+    plan = _Plan(model, tokens, horizon, memory, last_only, frozenset(done))
+    return plan.run(in_order, trunk, on_progress)
 
 
 def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object, horizon: int | None) -> _Job:
@@ -181,22 +178,32 @@ class _Plan:
     horizon: int | None
     memory: int
     last_only: bool
+    done: frozenset[int]
 
     def run(
         self, jobs: list[_Job], trunk: Trunk | None, on_progress: Callable[[int, int], None] | None
     ) -> Iterator[Fork]:
-        """Text by text, and in a text as many positions at a time as `memory` holds the states of."""
-        finished = 0
+        """Text by text, and in a text as many positions at a time as `memory` holds the states of.
+
+        What is done takes its place in the batches all the same, so that the rest runs in the same company, and gives the same
+        numbers to the last bit, whenever it runs; a batch that is done as a whole is left out.
+        """
+        finished, total = 0, sum(job.index not in self.done for job in jobs)
         for row, of_row in groupby(jobs, key=lambda job: job.row):
             mine = list(of_row)
+            if self.done.issuperset(job.index for job in mine):
+                continue
             text = self.tokens[row : row + 1]
             kept = trunk or Trunk.grow(self.model, text, [mine[0].position])
             for states, here in self._stretches(text, mine, kept):
                 for batch in self._batches(here):
+                    wanted = sum(job.index not in self.done for job in batch.jobs)
+                    if not wanted:
+                        continue
                     yield from self._side_by_side(batch, states[batch.start], kept)
-                    finished += len(batch.jobs)
+                    finished += wanted
                     if on_progress is not None:
-                        on_progress(finished, len(jobs))
+                        on_progress(finished, total)
 
     def _stretches(
         self, text: Tensor, jobs: list[_Job], trunk: Trunk
@@ -264,7 +271,8 @@ class _Plan:
             at=(first[:, None] + torch.arange(count)).clamp(max=batch.length - 1),
         )
         for job, made, length in zip(batch.jobs, logits, (ends - first).tolist(), strict=True):
-            yield Fork(job.index, job.row, job.position, made[:length])
+            if job.index not in self.done:
+                yield Fork(job.index, job.row, job.position, made[:length])
 
 
 def _merged(slot: Sequence[WriteEdit | None]) -> Iterator[WriteEdit]:
