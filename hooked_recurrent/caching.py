@@ -89,5 +89,5 @@ class CachingMixin:
         if stop is None:
             return names
         last = check_stop(stop, self.cfg.n_layers)
-        running = ["hook_embed", *(f"blocks.{layer}." for layer in range(last))]
-        return [name for name in names if name.startswith(tuple(running))]
+        above = tuple(["ln_final.", *(f"blocks.{layer}." for layer in range(last, self.cfg.n_layers))])
+        return [name for name in names if not name.startswith(above)]

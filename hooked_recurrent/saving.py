@@ -15,7 +15,7 @@ from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
 
 MATRIX_HOOKS = ("hook_write", "hook_state")
 SCORE_HOOKS = ("hook_attn_scores", "hook_pattern")
-Indices = int | slice | Iterable[int] | Int[Tensor, "some"] | None
+Indices = int | slice | Iterable[int] | Int[Tensor, "..."] | None
 """Which heads or positions: one, a slice, several, or None for all. The axis stays, also for one."""
 
 

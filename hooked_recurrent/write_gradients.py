@@ -88,10 +88,12 @@ class WriteGradientMixin:
         """The factors of all that is held, with no writes worth looking at, and the gradient of the reads."""
         prefix = f"blocks.{layer}.mixer.hook_"
         self._check_recurrent(layer)
-        if layer in self.stepped_layers:
-            raise ValueError(f"a function on {prefix}state changed states, so no factors tell how a write lived on")
-        if layer in self.edited_reads:
-            raise ValueError(f"a function on {prefix}read changed reads, so their gradient is not that of the memory's")
+        for changed, what in ((self.stepped_layers, "state"), (self.edited_reads, "read")):
+            if layer in changed:
+                raise ValueError(
+                    f"a function on {prefix}{what} may have changed {what}s, and then no factors tell what became of a "
+                    "write: mark it reads_only if it does not"
+                )
         names = [f"{prefix}{role}" for role in ROLES if f"{prefix}{role}" in self.model.hook_dict]
         missing = [name for name in [*names, f"{prefix}read_grad"] if name not in self.cache_dict]
         if missing:
