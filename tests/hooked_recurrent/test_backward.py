@@ -169,3 +169,23 @@ def test_backward_functions_fire_at_every_hook(layer_types, frozen):
             stepped = name.endswith("hook_state")
             assert len(shapes) == (length if stepped else 1), name
             assert shapes[0][0] == 2, name
+
+
+def test_a_tensor_at_two_hooks_has_two_gradients():
+    """Each is of what that hook hands on, and not of the other use of the same tensor."""
+    model = tiny_model(HYBRID, seed=1).requires_grad_(False)
+    tokens = tokens_of(model)
+    names = ["blocks.0.hook_mixer_out", "blocks.1.hook_mixer_out"]
+    _, plain = model.run_with_cache(tokens)
+    shared = plain[names[0]].clone().requires_grad_()
+
+    def put(tensor, hook):
+        return shared
+
+    with model.hooks(fwd_hooks=[(name, put) for name in names]):
+        _, cache = model.run_with_cache(tokens, names_filter=names, incl_bwd=True, metric=metric)
+    apart = [shared.detach().clone().requires_grad_() for _ in names]
+    hooks = [(name, lambda tensor, hook, own=own: own) for name, own in zip(names, apart, strict=True)]
+    expected = torch.autograd.grad(metric(model.run_with_hooks(tokens, fwd_hooks=hooks)), apart)
+    for name, gradient in zip(names, expected, strict=True):
+        assert distance(cache[f"{name}_grad"], gradient) <= EXACT
