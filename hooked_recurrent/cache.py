@@ -1,8 +1,5 @@
 """What run_with_cache returns: transformer_lens's ActivationCache, which also gives single writes and states on demand."""
 
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,108 +8,96 @@ from torch import Tensor
 from transformer_lens import ActivationCache, FactoredMatrix
 
 from hooked_recurrent.factors import Factors
-from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
+from hooked_recurrent.saving import Kept
 from hooked_recurrent.scan.dispatch import scan
 from hooked_recurrent.state import RecurrentState
-
-MATRIX_HOOKS = ("hook_write", "hook_state")
-
-
-def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | None, names: list[str]) -> list[str]:
-    """The hook names to keep: all but the matrix hooks for None; an unknown name is answered with the nearest ones."""
-    if names_filter is None:
-        return [name for name in names if not name.endswith(MATRIX_HOOKS)]
-    if callable(names_filter):
-        return [name for name in names if names_filter(name)]
-    wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-    for name in wanted:
-        if name not in names:
-            near = get_close_matches(name, names, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise KeyError(f"names_filter asks for {name!r}, which is no hook of this model{hint}")
-    return [name for name in names if name in set(wanted)]
+from hooked_recurrent.write_gradients import WriteGradientMixin
 
 
-def saving_hooks(
-    names: list[str], pieces: dict[str, list[Tensor]], device: Any, incl_bwd: bool, depth: int
-) -> tuple[list[tuple[str, Callable]], list[tuple[str, Callable]]]:
-    """Hooks that append what they see to `pieces[name]`; a stepped hook_state comes in one piece per token.
+class RecurrentCache(WriteGradientMixin, ActivationCache):
+    """An ActivationCache of a recurrent model; see `write`, `state` and `factors`, `write_grad` and `write_effect`."""
 
-    `depth` is the clock's depth in the call to be kept: calls that a hook function makes inside it are not.
-    """
-
-    @reads_only
-    def save(tensor: Tensor, hook: RecurrentHookPoint, suffix: str = "") -> None:
-        if suffix or hook.clock is None or hook.clock.depth == depth:
-            kept = tensor.detach()
-            pieces.setdefault(f"{hook.name}{suffix}", []).append(kept if device is None else kept.to(device))
-
-    forward: list[tuple[str, Callable]] = [(name, save) for name in names]
-    backward: list[tuple[str, Callable]] = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
-    return forward, backward
-
-
-def join_pieces(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """One tensor per name. Gradients of a stepped hook_state arrive from the last token to the first."""
-    tensors = {}
-    for name, kept in pieces.items():
-        in_order = kept[::-1] if name.endswith("_grad") else kept
-        tensors[name] = kept[0] if len(kept) == 1 else torch.cat(in_order, dim=1)
-    return tensors
-
-
-class RecurrentCache(ActivationCache):
-    """An ActivationCache of a recurrent model; see `write`, `state` and `factors`."""
-
-    def __init__(self, tensors: dict[str, Tensor], model: Any, call: Any, initial: RecurrentState | None):
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        model: Any,
+        call: Any,
+        initial: RecurrentState | None,
+        kept: Kept,
+        edited_reads: frozenset[int] = frozenset(),
+    ):
+        """`edited_reads` are the layers where a function may have changed what the queries read."""
         super().__init__(tensors, model)
-        self.initial_state = initial
+        self.initial_state, self.kept, self.edited_reads = initial, kept, edited_reads
         self.added_writes: dict[int, Factors] = call.added_writes
         self.dense_layers: frozenset[int] = frozenset(call.dense_layers)
         self.stepped_layers: frozenset[int] = frozenset(call.stepped_layers)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The absolute positions along the pos axis."""
+        return self.kept.positions
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """The layer's number of each head along the head axis of the recurrent mixers' hooks."""
+        return self.kept.heads
+
     def factors(self, layer: int) -> Factors:
-        """The six roles of a layer as the recurrence consumed them, with every write term. Needs its role hooks cached."""
+        """The six roles of a layer as the recurrence consumed them, with every write term. Needs its role hooks cached.
+
+        They are those of the positions and heads that were kept; where positions are missing between them, they still are
+        the factors of each position, but their scan is no memory.
+        """
         prefix = f"blocks.{layer}.mixer.hook_"
+        self._check_recurrent(layer)
         erases = f"{prefix}erase" in self.model.hook_dict
-        if f"{prefix}write_key" not in self.model.hook_dict:
-            recurrent = self.model.cfg.recurrent_layers
-            raise ValueError(f"layer {layer} has no matrix memory; the recurrent ones are {recurrent}")
         if layer in self.dense_layers:
             raise ValueError(f"a function on {prefix}write replaced writes by matrices, so they have no factors")
         roles = ["log_decay", "write_key", "write_value", "query", *(["erase", "probe"] if erases else [])]
         kept = {role: self._role(prefix + role) for role in roles}
-        added = self.added_writes.get(layer)
-        return Factors(**kept).with_terms(None if added is None else added.map(torch.detach))
+        if layer in self.added_writes:
+            span = torch.arange(self.kept.start, self.kept.start + self.kept.length)
+            for role in ("write_key", "write_value"):
+                added = self.kept.cut(prefix + role, getattr(self.added_writes[layer], role), span)
+                kept[role] = torch.cat([kept[role][:, :, :, None], added.to(kept[role])], dim=3)
+        return Factors(**kept)
 
     def write(self, layer: int, head: int | slice, pos: int | slice) -> FactoredMatrix:
         """The writes of a head as a FactoredMatrix [batch, (pos,) (head,) d_k, d_v], one rank per write term.
 
-        head and pos are ints or slices of this call's heads and positions; an int drops its axis.
+        head and pos are ints or slices of the layer's heads and of this call's positions, negative ones counted from the
+        end; an int drops its axis, and slice(None) is all that was kept.
+
+        Raises:
+            ValueError: a layer without matrix memory, or one whose writes a function replaced by matrices.
+            KeyError: roles that the cache did not keep.
+            IndexError: heads or positions that the call did not have or the cache did not keep.
         """
         factors = self.factors(layer)
-        self._check(factors, head, pos)
+        heads, places = self.kept.places("head", head), self.kept.places("position", pos)
         key, value = factors.write_key, factors.write_value
         if key.ndim == 4:
             key, value = key[:, :, :, None], value[:, :, :, None]
-        heads, places = _forward(head, key.shape[2]), _forward(pos, key.shape[1])
         return FactoredMatrix(key[:, places][..., heads, :, :].mT, value[:, places][..., heads, :, :])
 
     def state(self, layer: int, head: int | slice, pos: int | slice) -> Float[Tensor, "batch *pos_head d_k d_v"]:
         """S_t, the state after the write at pos, recomputed from the factors for these heads only.
 
-        head and pos are ints or slices of this call's heads and positions; an int drops its axis.
+        head and pos are those of `write`. All positions of the call up to the last of them must have been kept.
         """
         factors = self.factors(layer)
-        self._check(factors, head, pos)
+        heads, places = self.kept.places("head", head), self.kept.places("position", pos)
         if layer in self.stepped_layers:
             name = f"blocks.{layer}.mixer.hook_state"
             raise ValueError(f"a function on {name} changed states, so no factors tell them: keep it by names_filter")
-        some = _forward(slice(head, head + 1 or None) if isinstance(head, int) else head, factors.query.shape[2])
+        wanted = [places] if isinstance(places, int) else places
+        self._need_earlier_positions(wanted)
+        some = [heads] if isinstance(heads, int) else heads
         factors = factors.map(lambda tensor: tensor[:, :, some])
         initial = None if self.initial_state is None else self.initial_state.layers[layer].matrix
-        matrix = None if initial is None else initial.detach()[:, some]
-        wanted = [pos % factors.length] if isinstance(pos, int) else list(range(factors.length))[pos]
+        numbers = [self.heads[place] for place in some]
+        matrix = None if initial is None else initial.detach().to(factors.query.device)[:, numbers]
         states: dict[int, Any] = {}
         start = 0
         for index in sorted(wanted):
@@ -131,14 +116,17 @@ class RecurrentCache(ActivationCache):
         tensor = self.cache_dict[name]
         return tensor if self.has_batch_dim else tensor[None]
 
-    @staticmethod
-    def _check(factors: Factors, head: int | slice, pos: int | slice) -> None:
-        for word, index, size in (("head", head, factors.query.shape[2]), ("position", pos, factors.length)):
-            if isinstance(index, int) and not -size <= index < size:
-                raise IndexError(f"{word} {index} is out of range: the cache holds {size}")
+    def _check_recurrent(self, layer: int) -> None:
+        recurrent = self.model.cfg.recurrent_layers
+        if layer not in recurrent:
+            raise ValueError(f"layer {layer} has no matrix memory; the recurrent ones are {recurrent}")
 
-
-def _forward(index: int | slice, size: int) -> int | slice | list[int]:
-    """The same index in a form that torch takes: it has no slices that run backward."""
-    backward = isinstance(index, slice) and index.step is not None and index.step < 0
-    return list(range(size))[index] if backward else index
+    def _need_earlier_positions(self, places: list[int]) -> None:
+        """A state is made of all writes of the call up to it."""
+        last = max(places, default=-1)
+        if self.kept.local[: last + 1] != tuple(range(last + 1)):
+            start, end = self.kept.start, self.positions[last]
+            raise ValueError(
+                f"the state after position {end} takes all positions of the call up to it, which were not all kept: "
+                f"run_with_cache(..., positions=slice({start}, {end + 1})) keeps them"
+            )

@@ -102,9 +102,14 @@ class RecurrentHookPoint(HookPoint):
         return x.clone() if self.may_edit else x
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Fire. With nothing attached this is free; a function that returns another shape is one clear error."""
+        """Fire. With nothing attached this is free; a function that returns another shape is one clear error.
+
+        Where a backward function is attached and nothing below needs a gradient (frozen weights), gradients start here.
+        """
         if not self.in_use:
             return x
+        if self.bwd_hooks and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
         result = super().__call__(x)
         if not isinstance(result, Tensor) or result.shape != x.shape:
             came = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__

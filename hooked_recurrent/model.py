@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from hooked_recurrent.block import Block
-from hooked_recurrent.cache import RecurrentCache, cache_filter, join_pieces, saving_hooks
+from hooked_recurrent.caching import CachingMixin
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.edits import WriteEdit
@@ -31,13 +31,13 @@ from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.state import LayerState, RecurrentState
 from hooked_recurrent.text import TextMixin
-from hooked_recurrent.validation import check_edits, check_finite, check_state, check_tokens
+from hooked_recurrent.validation import check_edits, check_finite, check_state, check_stop, check_tokens
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 INIT_STD = 0.02
 
 
-class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
+class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootModule):
     """A recurrent language model, every rank-1 write of which can be seen and changed. See the module docstring."""
 
     def __init__(self, cfg: ModelConfig, tokenizer: Any = None):
@@ -122,6 +122,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         edits: Iterable[WriteEdit] = (),
         loss_per_token: bool = False,
         backend: str = "auto",
+        stop_at_layer: int | None = None,
     ) -> Any:
         """Run the model.
 
@@ -134,6 +135,10 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             edits: changes to single writes, at absolute positions. With `state` or `return_state`, positions outside this
                 call are left to the other calls; without, they are an error.
             backend: which scan, "auto", "step" or "chunked".
+            stop_at_layer: run the blocks below this one only and return the residual stream [batch, pos, d_model] that it
+                would read (hook_resid_post of the one below; for 0, hook_embed). Negative ones count from the end; the
+                number of layers runs all blocks. It goes with return_type "logits" (the default, which then gives the
+                residual stream) or None, and makes no state.
 
         Raises:
             ValueError, IndexError: for tokens, states or edits that do not fit the model, and for NaN or Inf (naming the
@@ -141,10 +146,13 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         """
         if return_type not in RETURN_TYPES:
             raise ValueError(f"unknown return_type {return_type!r}; expected one of {RETURN_TYPES}")
-        tokens = self._tokens(input)
+        tokens, edits = self._tokens(input), check_edits(edits)
+        last = None
+        if stop_at_layer is not None:
+            last = check_stop(stop_at_layer, self.cfg.n_layers, edits, return_type, return_state)
         whole_text = state is None and not return_state
         stops, unembed = (tokens.shape[1],) if return_state else (), return_type is not None
-        logits, states = self._run(tokens, state, check_edits(edits), stops, backend, whole_text, unembed)
+        logits, states = self._run(tokens, state, edits, stops, backend, whole_text, unembed, last)
         output: Any = None
         if return_type in ("loss", "both"):
             loss = next_token_loss(logits, tokens, loss_per_token)
@@ -191,8 +199,12 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         backend: str,
         whole_text: bool,
         unembed: bool,
+        last: int | None = None,
     ) -> tuple[Tensor, list[RecurrentState]]:
-        """Logits (or without `unembed` what they are made of), and the state after each of `stops` tokens."""
+        """Logits (or without `unembed` what they are made of), and the state after each of `stops` tokens.
+
+        With `last`, the residual stream that block `last` would read, and no states.
+        """
         if state is None:
             state = RecurrentState(tuple(LayerState() for _ in self.blocks))
         check_state(state, list(self.blocks), tokens.shape[0])
@@ -204,21 +216,26 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
             if self.cfg.residual_in_fp32:
                 resid = resid.to(state_dtype(resid.dtype))
-            final, per_layer = self._through(resid, state, call, 0, unembed)
+            final, per_layer = self._through(resid, state, call, 0, unembed, last)
         check_finite(self, final, tokens, state, edits)
         self.last_call = call
+        if last is not None:
+            return final, []
         ends = [state.position + stop for stop in stops]
         states = [RecurrentState(layers, end) for layers, end in zip(zip(*per_layer, strict=True), ends, strict=True)]
         return final, states
 
     def _through(
-        self, resid: Tensor, state: RecurrentState, call: Call, first: int, unembed: bool
+        self, resid: Tensor, state: RecurrentState, call: Call, first: int, unembed: bool, last: int | None = None
     ) -> tuple[Tensor, list[list[LayerState]]]:
-        """The blocks from `first` on, the last norm and the unembedding; and the states of these blocks."""
+        """The blocks from `first` on (up to `last`, and then nothing more), the last norm and the unembedding; and the
+        states of these blocks."""
         per_layer = []
-        for block, layer_state in zip(list(self.blocks)[first:], state.layers[first:], strict=True):
+        for block, layer_state in zip(list(self.blocks)[first:last], state.layers[first:last], strict=True):
             resid, layer_states = block(resid, layer_state, call)
             per_layer.append(layer_states)
+        if last is not None:
+            return resid, per_layer
         final = self.ln_final(resid)
         return (nn.functional.linear(final, self.W_U.T) if unembed else final), per_layer
 
@@ -278,45 +295,6 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
                 f"NaN or Inf in the logits of a run that entered at layer {layer}, position {state.position}"
             )
         return logits
-
-    def run_with_cache(
-        self,
-        *model_args: Any,
-        names_filter: Callable[[str], bool] | Iterable[str] | str | None = None,
-        device: str | torch.device | None = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        return_cache_object: bool = True,
-        **model_kwargs: Any,
-    ) -> tuple[Any, Any]:
-        """Run and keep activations, as in transformer_lens, together with any attached or editing hooks.
-
-        hook_write and hook_state are matrices per token, so only a filter that names them keeps them; the cache gives
-        single writes and states on demand: `cache.write(layer, head, pos)`, `cache.state(layer, head, pos)`.
-
-        Args:
-            names_filter: a hook name, several, a predicate, or None for all but the two matrix hooks.
-            device: where to keep the activations.
-            remove_batch_dim: drop a batch axis of size 1.
-            incl_bwd: also run backward from the (scalar) output and keep gradients as name + "_grad".
-        """
-        chosen = cache_filter(names_filter, list(self.hook_dict))
-        if not return_cache_object and remove_batch_dim:
-            raise ValueError("remove_batch_dim needs return_cache_object=True")
-        pieces: dict[str, list[Tensor]] = {}
-        forward, backward = saving_hooks(chosen, pieces, device, incl_bwd, self.clock.depth + 1)
-        with self.hooks(fwd_hooks=forward, bwd_hooks=backward):
-            output = self(*model_args, **model_kwargs)
-            if incl_bwd:
-                output.backward()
-        tensors = join_pieces(pieces)
-        if not return_cache_object:
-            return output, tensors
-        cache = RecurrentCache(tensors, self, self.last_call, model_kwargs.get("state"))
-        batch = {tensor.shape[0] for tensor in tensors.values()} - {1}
-        if remove_batch_dim and batch:
-            raise ValueError(f"remove_batch_dim needs one sequence, got a batch of {batch.pop()}")
-        return output, cache.remove_batch_dim() if remove_batch_dim else cache
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
         """As in transformer_lens; an unknown name is answered with the nearest ones."""

@@ -63,6 +63,31 @@ def check_edits(edits: Any) -> tuple[WriteEdit, ...]:
     return edits
 
 
+def check_stop(
+    stop_at_layer: int,
+    n_layers: int,
+    edits: tuple[WriteEdit, ...] = (),
+    return_type: str | None = "logits",
+    return_state: bool = False,
+) -> int:
+    """The number of blocks that run below `stop_at_layer`; raises where what is asked for needs more than these."""
+    if not -n_layers <= stop_at_layer <= n_layers:
+        raise IndexError(f"stop_at_layer {stop_at_layer} is out of range: the model has {n_layers} layers")
+    last = stop_at_layer % n_layers if stop_at_layer < 0 else stop_at_layer
+    if return_type not in ("logits", None):
+        raise ValueError(f"stop_at_layer returns the residual stream, so there is no return_type {return_type!r}")
+    if return_state:
+        raise ValueError(
+            f"no state can be returned: layers {last} to {n_layers - 1} do not run with this stop_at_layer"
+        )
+    for edit in edits:
+        if edit.layer >= last:
+            raise ValueError(
+                f"the edit at {edit.where} does not run: stop_at_layer={stop_at_layer} ends below layer {last}"
+            )
+    return last
+
+
 def check_finite(
     model: Any,
     logits: Tensor,

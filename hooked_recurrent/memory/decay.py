@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_recurrent.factors import Factors
-from hooked_recurrent.memory.source import Indices, Source, indices, kept_role, open_memory
+from hooked_recurrent.memory.source import Indices, Source, kept_role, open_memory
 
 COLUMNS = ("lower_quartile", "median", "upper_quartile", "of_mean_log_decay")
 
@@ -72,5 +72,5 @@ def half_life(source: Source, layer: int | None = None, heads: Indices = None) -
         factors, _, chosen = open_memory(source, layer, heads)
         return HalfLives(layer, chosen, factors.log_decay)
     log_decay = kept_role(source, layer, "log_decay")
-    wanted = indices("head", heads, log_decay.shape[2])
-    return HalfLives(layer, tuple(wanted), log_decay[:, :, wanted])
+    places, numbers = source.kept.head_places("head", heads)
+    return HalfLives(layer, numbers, log_decay[:, :, places])

@@ -1,21 +1,18 @@
 """Where every look at a memory starts: the six roles of some heads of one layer, and the state that they met."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent.cache import RecurrentCache
 from hooked_recurrent.factors import Factors, State
+from hooked_recurrent.saving import Indices, indices
 
 ROLES = ("log_decay", "erase", "probe", "write_key", "write_value", "query")
 
 Source = Factors | RecurrentCache
 """The cache of a run (which has many layers, and knows the state it started from), or the factors of one layer."""
-Indices = int | slice | Iterable[int] | Int[Tensor, "some"] | None
-"""Which heads or positions: one, a slice, several, or None for all. The axis stays, also for one."""
 
 
 class Memory(NamedTuple):
@@ -32,9 +29,10 @@ def open_memory(source: Source, layer: int | None, heads: Indices, initial_state
 
     Raises:
         ValueError: a layer without matrix memory; one whose writes or states a function replaced by matrices; a cache
-            without a layer; factors with one; an initial state beside a cache, which has its own.
+            without a layer, or one that left positions out; factors with a layer; an initial state beside a cache, which
+            has its own.
         KeyError: roles that the cache did not keep, with the names_filter that keeps them.
-        IndexError: a head that the layer does not have.
+        IndexError: a head that the layer does not have or the cache did not keep.
     """
     if isinstance(source, RecurrentCache):
         if initial_state is not None:
@@ -42,14 +40,15 @@ def open_memory(source: Source, layer: int | None, heads: Indices, initial_state
         number = _recurrent(source, layer)
         factors = _cached_factors(source, number)
         before = source.initial_state
-        initial_state = None if before is None else before.layers[number].matrix
-    elif layer is None:
-        factors = source
-    else:
+        matrix = None if before is None else before.layers[number].matrix
+        places, numbers = source.kept.head_places("head", heads)
+        kept = None if matrix is None else matrix.detach().to(factors.query.device)[:, list(numbers)]
+        return Memory(factors.map(lambda tensor: tensor[:, :, places]), kept, numbers)
+    if layer is not None:
         raise ValueError(f"factors are of one layer already: layer {layer} can only be asked of a cache")
-    chosen = indices("head", heads, factors.query.shape[2])
+    chosen = indices("head", heads, source.query.shape[2])
     kept = None if initial_state is None else initial_state.detach()[:, chosen]
-    return Memory(factors.map(lambda tensor: tensor[:, :, chosen]), kept, tuple(chosen))
+    return Memory(source.map(lambda tensor: tensor[:, :, chosen]), kept, tuple(chosen))
 
 
 def kept_role(cache: RecurrentCache, layer: int | None, role: str) -> Tensor:
@@ -57,25 +56,6 @@ def kept_role(cache: RecurrentCache, layer: int | None, role: str) -> Tensor:
     (name,) = _kept_names(cache, _recurrent(cache, layer), (role,))
     tensor = cache.cache_dict[name]
     return tensor if cache.has_batch_dim else tensor[None]
-
-
-def indices(word: str, wanted: Indices, size: int) -> list[int]:
-    """The wanted indices, counted from 0; negative ones count from the end.
-
-    Raises:
-        IndexError: one that is out of range.
-        ValueError: none at all.
-    """
-    if wanted is None or isinstance(wanted, slice):
-        chosen = list(range(size))[slice(None) if wanted is None else wanted]
-    else:
-        chosen = [int(index) for index in ([wanted] if isinstance(wanted, int) else wanted)]
-    for index in chosen:
-        if not -size <= index < size:
-            raise IndexError(f"{word} {index} is out of range: there are {size}")
-    if not chosen:
-        raise ValueError(f"no {word} is asked for: {wanted} chooses none of {size}")
-    return [index % size for index in chosen]
 
 
 def one_hot_writes(factors: Factors, positions: list[int]) -> Factors:
@@ -101,6 +81,11 @@ def _cached_factors(cache: RecurrentCache, layer: int) -> Factors:
     _kept_names(cache, layer, ROLES)
     if layer in cache.stepped_layers:
         raise ValueError(f"a function on blocks.{layer}.mixer.hook_state changed states, so no factors tell its memory")
+    if not cache.kept.begins:
+        raise ValueError(
+            "a memory takes every position from the first one of the run on, and this cache left some out: "
+            f"run_with_cache(..., positions=slice({cache.kept.start}, {cache.kept.positions[-1] + 1})) keeps them"
+        )
     return cache.factors(layer)
 
 
