@@ -109,7 +109,7 @@ def test_what_is_differentiated():
         ({"metric": metric, "names_filter": []}, ValueError, "depends on none of the activations that are kept"),
         ({"metric": metric, "incl_bwd": False}, ValueError, "give incl_bwd=True as well"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=["no scalar", "nothing", "no scalar metric", "a number", "a constant", "nothing kept", "no backward"],
 )
 def test_what_cannot_be_differentiated(options, error, words):
     model = tiny_model(HYBRID, seed=1)
