@@ -122,6 +122,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         edits: Iterable[WriteEdit] = (),
         loss_per_token: bool = False,
         backend: str = "auto",
+        last_only: bool = False,
     ) -> Any:
         """Run the model.
 
@@ -134,6 +135,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             edits: changes to single writes, at absolute positions. With `state` or `return_state`, positions outside this
                 call are left to the other calls; without, they are an error.
             backend: which scan, "auto", "step" or "chunked".
+            last_only: unembed the last position alone: logits [batch, 1, d_vocab]. Every hook still sees every position.
 
         Raises:
             ValueError, IndexError: for tokens, states or edits that do not fit the model, and for NaN or Inf (naming the
@@ -141,10 +143,12 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         """
         if return_type not in RETURN_TYPES:
             raise ValueError(f"unknown return_type {return_type!r}; expected one of {RETURN_TYPES}")
+        if last_only and return_type in ("loss", "both"):
+            raise ValueError(f"last_only keeps no logits to make a loss of, but return_type is {return_type!r}")
         tokens = self._tokens(input)
         whole_text = state is None and not return_state
         stops, unembed = (tokens.shape[1],), return_type is not None
-        logits, states = self._run(tokens, state, check_edits(edits), stops, backend, whole_text, unembed)
+        logits, states = self._run(tokens, state, check_edits(edits), stops, backend, whole_text, unembed, last_only)
         output: Any = None
         if return_type in ("loss", "both"):
             loss = next_token_loss(logits, tokens, loss_per_token)
@@ -177,9 +181,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False, unembed=False)
         return {taken.position: taken for taken in states if taken.position in wanted}
 
-    def _tokens(self, input: Any) -> Tensor:
+    def _tokens(self, input: Any, prepend_bos: bool | None = None) -> Tensor:
         texts = input if isinstance(input, list) and input else [input]
-        tokens = self.to_tokens(input) if all(isinstance(text, str) for text in texts) else input
+        tokens = self.to_tokens(input, prepend_bos) if all(isinstance(text, str) for text in texts) else input
         return check_tokens(tokens, self.cfg.d_vocab).to(self.device)
 
     def _run(
@@ -191,6 +195,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         backend: str,
         whole_text: bool,
         unembed: bool,
+        last_only: bool = False,
     ) -> tuple[Tensor, list[RecurrentState]]:
         """Logits (or without `unembed` what they are made of), and the state after each of `stops` tokens."""
         if state is None:
@@ -204,8 +209,11 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
             if self.cfg.residual_in_fp32:
                 resid = resid.to(state_dtype(resid.dtype))
-            final, per_layer = self._through(resid, state, call, 0, unembed)
+            final, per_layer = self._through(resid, state, call, 0, unembed and not last_only)
         check_finite(self, final, tokens, state, edits)
+        if unembed and last_only:
+            final = nn.functional.linear(final[:, -1:], self.W_U.T)
+            check_finite(self, final, tokens, state, edits)
         self.last_call = call
         ends = [state.position + stop for stop in stops]
         states = [RecurrentState(layers, end) for layers, end in zip(zip(*per_layer, strict=True), ends, strict=True)]
