@@ -1,7 +1,6 @@
 """What run_with_cache returns: transformer_lens's ActivationCache, which also gives single writes and states on demand."""
 
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,8 @@ from transformer_lens import ActivationCache, FactoredMatrix
 
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
+from hooked_recurrent.names import first_name, unknown_hook
+from hooked_recurrent.residual import ResidualTools
 from hooked_recurrent.scan.dispatch import scan
 from hooked_recurrent.state import RecurrentState
 
@@ -25,12 +26,11 @@ def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | Non
     if callable(names_filter):
         return [name for name in names if names_filter(name)]
     wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-    for name in wanted:
-        if name not in names:
-            near = get_close_matches(name, names, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise KeyError(f"names_filter asks for {name!r}, which is no hook of this model{hint}")
-    return [name for name in names if name in set(wanted)]
+    found = [first_name(name, names) for name in wanted]
+    for name, known in zip(wanted, found, strict=True):
+        if known is None:
+            raise KeyError(f"names_filter asks for {unknown_hook(name, names)}")
+    return [name for name in names if name in set(found)]
 
 
 def saving_hooks(
@@ -61,7 +61,7 @@ def join_pieces(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     return tensors
 
 
-class RecurrentCache(ActivationCache):
+class RecurrentCache(ResidualTools, ActivationCache):
     """An ActivationCache of a recurrent model; see `write`, `state` and `factors`."""
 
     def __init__(self, tensors: dict[str, Tensor], model: Any, call: Any, initial: RecurrentState | None):

@@ -156,6 +156,21 @@ class ModelConfig(StrictConfig):
         return self.mixer.d_v
 
     @property
+    def n_key_value_heads(self) -> None:
+        """None: transformer_lens's tools then sweep `n_heads` heads; hook_q, hook_k and hook_v may each have fewer."""
+        return None
+
+    @property
+    def attn_only(self) -> bool:
+        """transformer_lens's name for blocks without MLPs."""
+        return self.d_mlp is None
+
+    @property
+    def normalization_type(self) -> str:
+        """transformer_lens's name for the kind of the norms on the residual stream."""
+        return {"rms": "RMS", "layer": "LN"}[self.norm]
+
+    @property
     def device(self) -> str:
         """Where transformer_lens's patching tools lay out their tables of numbers; the weights may be anywhere."""
         return "cpu"

@@ -11,7 +11,6 @@ state on, and token by token give the same logits, caches and final state up to 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from hooked_recurrent.block import Block
 from hooked_recurrent.cache import RecurrentCache, cache_filter, join_pieces, saving_hooks
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
+from hooked_recurrent.directions import DirectionsMixin
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
 from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
+from hooked_recurrent.names import first_name, unknown_hook
 from hooked_recurrent.state import LayerState, RecurrentState
 from hooked_recurrent.text import TextMixin
 from hooked_recurrent.validation import check_edits, check_finite, check_state, check_tokens
@@ -37,7 +38,7 @@ RETURN_TYPES = ("logits", "loss", "both", None)
 INIT_STD = 0.02
 
 
-class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
+class HookedRecurrentModel(TextMixin, GenerationMixin, DirectionsMixin, HookedRootModule):
     """A recurrent language model, every rank-1 write of which can be seen and changed. See the module docstring."""
 
     def __init__(self, cfg: ModelConfig, tokenizer: Any = None):
@@ -318,12 +319,11 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         super()._enable_hook(self.checked_hook_name(name), hook, dir)
 
     def checked_hook_name(self, name: Any) -> Any:
-        """The name itself if it is a hook of this model (or a predicate); else `KeyError` with the nearest names."""
-        if callable(name) or name in self.hook_dict:
-            return name
-        near = get_close_matches(str(name), list(self.hook_dict), n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; model.hook_dict lists them all"
-        raise KeyError(f"this model has no hook {name!r}{hint}")
+        """The first name of a hook of this model (or a predicate as it is); else `KeyError` with the nearest names."""
+        found = name if callable(name) else first_name(str(name), self.hook_dict)
+        if found is None:
+            raise KeyError(f"this model has {unknown_hook(str(name), self.hook_dict)}")
+        return found
 
     def parameter_count(self) -> int:
         """Number of weights, a tied matrix counted once."""
