@@ -4,9 +4,22 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 Tokens = str | int | Int[Tensor, ""] | Int[Tensor, "batch"] | Int[Tensor, "batch pos"]
+
+
+class TiedUnembed(nn.Module):
+    """The embedding's weight as an unembedding. It owns none: the tuple hides the embedding from torch's own counting."""
+
+    def __init__(self, embed: nn.Embedding):
+        super().__init__()
+        self.source = (embed,)
+
+    @property
+    def weight(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding's weight."""
+        return self.source[0].weight
 
 
 class DirectionsMixin:

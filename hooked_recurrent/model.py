@@ -22,7 +22,7 @@ from hooked_recurrent.block import Block
 from hooked_recurrent.cache import RecurrentCache, cache_filter, join_pieces, saving_hooks
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
-from hooked_recurrent.directions import DirectionsMixin
+from hooked_recurrent.directions import DirectionsMixin, TiedUnembed
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.generation import GenerationMixin
@@ -49,7 +49,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, DirectionsMixin, HookedRo
         self.ln_embed = make_norm(cfg) if cfg.embed_norm else None
         self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
         self.ln_final = make_norm(cfg)
-        self.unembed = None if cfg.tied_embeddings else nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        untied = not cfg.tied_embeddings
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False) if untied else TiedUnembed(self.embed)
         self.clock = Clock()
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -104,7 +105,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, DirectionsMixin, HookedRo
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding."""
-        return (self.embed if self.unembed is None else self.unembed).weight.T
+        return self.unembed.weight.T
 
     @property
     def W_O(self) -> Float[Tensor, "layer head d_v d_model"]:
