@@ -34,7 +34,7 @@ class LensTools:
         batch_slice: Any = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
-    ) -> Stack:
+    ) -> Float[Tensor, "component *kept d_model"]:
         """A norm applied to parts of its input, its scale held at the cached one (see the module docstring).
 
         Args:
@@ -66,7 +66,7 @@ class LensTools:
         pos_slice: Any = None,
         batch_slice: Any = None,
         has_batch_dim: bool = True,
-    ) -> Float[Tensor, "component *batch_pos"]:
+    ) -> Float[Tensor, "component *kept"]:
         """What each part of the stream adds to a token's logit, or to its lead over `incorrect_tokens`.
 
         Args:
