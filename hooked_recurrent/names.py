@@ -2,10 +2,12 @@
 
     blocks.{l}.hook_attn_out   is blocks.{l}.hook_mixer_out, in every layer
     blocks.{l}.attn.hook_x     is blocks.{l}.mixer.hook_x where the layer is recurrent: q, k, v, z, result
-    blocks.{l}.hook_x          is blocks.{l}.mixer.hook_x: write_key, query, log_decay, ...
+    blocks.{l}.hook_x          is blocks.{l}.mixer.hook_x: write_key, write_value, log_decay, ...
+    blocks.{l}.hook_part.hook_x is blocks.{l}.part.hook_x, for any part of a block
 
 So `patching.get_act_patch_attn_head_out_by_pos` patches hook_z of every layer, `cache["z", 3]` reads it, and
-`generic_activation_patch(..., activation_name="write_key")` patches the memory's own roles. A hook is always shown by its first
+`generic_activation_patch(..., activation_name="write_key")` patches the memory's own roles. To transformer_lens "query" is
+short for q, so hook_query goes by the last form: `activation_name="mixer.hook_query"`. A hook is always shown by its first
 name: `hook.name`, the keys of a cache.
 """
 
@@ -20,6 +22,9 @@ def first_name(name: str, known: Container[str]) -> str | None:
     """The name in `known` that `name` stands for; None if there is none."""
     if name in known:
         return name
+    within = re.fullmatch(r"(blocks\.\d+)\.hook_(\w+\.hook_\w+)", name)
+    if within is not None:  # what get_act_name makes of ("mixer.hook_query", layer)
+        return first_name(".".join(within.groups()), known)
     parts = re.fullmatch(r"(blocks\.\d+)\.(?:attn\.)?hook_(\w+)", name)
     if parts is None:
         return None

@@ -21,7 +21,7 @@ class ResidualTools(LensTools):
     cache_dict: dict[str, Tensor]
 
     def __getitem__(self, key: str | tuple) -> Tensor:
-        """By a hook's name, or by transformer_lens's short names: cache["resid_pre", 0], cache["z", -1], cache["query", 2]."""
+        """By a hook's name, or by transformer_lens's short names: cache["resid_pre", 0], cache["z", -1], cache["read", 2]."""
         if isinstance(key, str):
             name = key if key in self.cache_dict else get_act_name(key)
         else:

@@ -43,7 +43,7 @@ class TextMixin:
             )
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
-    def to_string(self, tokens: Int[Tensor, "*batch pos"] | list[int] | int) -> str | list[str]:
+    def to_string(self, tokens: Int[Tensor, "*shape"] | list[int] | int) -> str | list[str]:
         """The text of one sequence, or a list of texts for a batch."""
         tokenizer, tokens = self._need_tokenizer(), torch.as_tensor(tokens)
         if tokens.ndim == 2:

@@ -102,7 +102,7 @@ BY_HEAD = {
     "q": patching.get_act_patch_attn_head_q_all_pos,
     "k": patching.get_act_patch_attn_head_k_all_pos,
     "v": patching.get_act_patch_attn_head_v_all_pos,
-    **{name: role(name) for name in ("write_key", "write_value", "query", "log_decay", "read")},
+    **{name: role(name) for name in ("write_key", "write_value", "mixer.hook_query", "log_decay", "read")},
 }
 
 
@@ -110,6 +110,7 @@ def heads_at(layer_types, name):
     """Per layer, how many heads an activation has; 0 where the layer has no such hook."""
     _, cache, _ = texts_of(layer_types)
     known = model_of(layer_types).hook_dict
+    name = name.removeprefix("mixer.hook_")
     places = [[f"blocks.{layer}.{part}.hook_{name}" for part in ("mixer", "attn")] for layer in range(len(layer_types))]
     hooks = [next((hook for hook in pair if hook in known), None) for pair in places]
     return [0 if hook is None else cache[hook].shape[2] for hook in hooks]
@@ -182,6 +183,8 @@ OTHER_NAMES = {
     "blocks.2.attn.hook_z": "blocks.2.mixer.hook_z",
     "blocks.0.hook_write_key": "blocks.0.mixer.hook_write_key",
     "blocks.1.attn.hook_z": "blocks.1.attn.hook_z",
+    "blocks.2.hook_mixer.hook_query": "blocks.2.mixer.hook_query",
+    "blocks.1.hook_mlp.hook_post": "blocks.1.mlp.hook_post",
 }
 
 
@@ -201,7 +204,9 @@ def test_a_hook_answers_to_its_other_name(other):
 def test_short_names_of_a_cache():
     _, cache, _ = texts_of()
     assert cache["z", 0] is cache["blocks.0.mixer.hook_z"] and cache["z", -2] is cache["blocks.1.attn.hook_z"]
-    assert cache["query", 2] is cache["query", 2, "mixer"] is cache["blocks.2.mixer.hook_query"]
+    assert cache["read", 2] is cache["read", 2, "mixer"] is cache["blocks.2.mixer.hook_read"]
+    assert cache["mixer.hook_query", 2] is cache["blocks.2.mixer.hook_query"]
+    assert cache["query", 2] is cache["blocks.2.mixer.hook_q"]  # transformer_lens's word for q
     assert cache["attn_out", 1] is cache["blocks.1.hook_mixer_out"]
     assert cache["scale"] is cache["ln_final.hook_scale"] and cache["resid_post", -1].shape == (1, 4, 12)
 
