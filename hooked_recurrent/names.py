@@ -41,7 +41,9 @@ def unknown_hook(name: str, names: Iterable[str]) -> str:
     if parts is not None:
         layer, word = parts.groups()
         if f"blocks.{layer}.mixer.hook_query" in listed and word in PATTERNS:
-            hint = f": layer {layer} is recurrent and attends to nothing; see hooked_recurrent.memory.effective_attention"
+            hint = (
+                f": layer {layer} is recurrent and attends to nothing; see hooked_recurrent.memory.effective_attention"
+            )
         elif f"blocks.{layer}.hook_resid_pre" in listed and word in ("resid_mid", "mlp_out"):
             hint = f": layer {layer} has no MLP; hook_resid_post follows its mixer"
     if not hint:

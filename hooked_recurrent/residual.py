@@ -166,7 +166,7 @@ class ResidualTools(LensTools):
             heads, labels = self._nothing(pos_slice), []
         mlps, mlp_labels = self.decompose_resid(layer, mlp_input, "mlp", False, pos_slice, False, True)
         if expand_neurons and self.model.cfg.d_mlp is not None:
-            options = {"project_output_onto": project_output_onto, "mlp_input": mlp_input, "return_labels": True}
+            options: dict[str, Any] = {"project_output_onto": project_output_onto, "mlp_input": mlp_input, "return_labels": True}
             mlps, mlp_labels = self.stack_neuron_results(layer, pos_slice, apply_ln=apply_ln, **options)
         else:
             mlps = finish.then(finish.first(mlps))
@@ -212,5 +212,7 @@ class _Projection:
             batched = self.cache.has_batch_dim
             stack = self.cache.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=batched)
         elif self.apply_ln:
-            stack = stack / _slice(pos_slice).apply(self.cache[f"{self.cache._norm(layer, mlp_input)[1]}.hook_scale"], dim=-2)
+            stack = stack / _slice(pos_slice).apply(
+                self.cache[f"{self.cache._norm(layer, mlp_input)[1]}.hook_scale"], dim=-2
+            )
         return stack[..., 0] if self.flat else stack

@@ -179,7 +179,8 @@ def test_only_the_last_position_is_unembedded():
     def spoil(tensor, hook):
         tensor[1, 3] = torch.nan
 
-    for name in ("blocks.2.hook_resid_post", "blocks.0.mixer.hook_k"):  # the first of them never reaches the last position
+    # the first of them never reaches the last position
+    for name in ("blocks.2.hook_resid_post", "blocks.0.mixer.hook_k"):
         with pytest.raises(ValueError, match=f"NaN in {name} at position 3 of batch row 1"):
             model.generate(tokens, fwd_hooks=[(name, spoil)])
 

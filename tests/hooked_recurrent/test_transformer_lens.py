@@ -63,7 +63,9 @@ def test_kinds():
 
 
 def test_protocol():
-    protocol = pytest.importorskip("transformer_lens.model_protocol", reason="transformer_lens 3.9 has no protocols yet")
+    protocol = pytest.importorskip(
+        "transformer_lens.model_protocol", reason="transformer_lens 3.9 has no protocols yet"
+    )
     assert isinstance(model_of(), protocol.TransformerLensModel)
     assert isinstance(model_of(), protocol.TransformerLensModelWithWeights)
     assert isinstance(model_of(), protocol.TrainableTransformerLensModel)
@@ -154,7 +156,9 @@ def test_patterns_exist_in_softmax_layers_only():
 
     logits = model.run_with_hooks(corrupted, fwd_hooks=[("blocks.1.attn.hook_pattern", patch)])
     assert distance(values[2].double(), metric(logits)) <= 1e-6
-    words = "no hook 'blocks.0.attn.hook_pattern': layer 0 is recurrent and attends to nothing; see .*effective_attention"
+    words = (
+        "no hook 'blocks.0.attn.hook_pattern': layer 0 is recurrent and attends to nothing; see .*effective_attention"
+    )
     for tool in (patching.get_act_patch_attn_head_pattern_all_pos, patching.get_act_patch_attn_head_pattern_by_pos):
         with pytest.raises(KeyError, match=words):
             tool(model, corrupted, cache, metric)
@@ -162,7 +166,9 @@ def test_patterns_exist_in_softmax_layers_only():
 
 @pytest.mark.parametrize("tool", [patching.get_act_patch_resid_mid, patching.get_act_patch_mlp_out])
 def test_blocks_without_mlps_say_so(tool):
-    with pytest.raises(KeyError, match="no hook 'blocks.0.hook_.*': layer 0 has no MLP; hook_resid_post follows its mixer"):
+    with pytest.raises(
+        KeyError, match="no hook 'blocks.0.hook_.*': layer 0 has no MLP; hook_resid_post follows its mixer"
+    ):
         tool(model_of(MAMBA), *texts_of(MAMBA))
 
 
@@ -215,9 +221,13 @@ def test_names_that_are_none():
     model, (corrupted, cache, _) = model_of(), texts_of()
     with pytest.raises(KeyError, match="this model has no hook 'blocks.1.hook_write_key'; did you mean"):
         cache["write_key", 1]  # a softmax layer writes nothing
-    with pytest.raises(KeyError, match="blocks.0.mixer.hook_write is not in the cache: run_with_cache without a filter, or"):
+    with pytest.raises(
+        KeyError, match="blocks.0.mixer.hook_write is not in the cache: run_with_cache without a filter, or"
+    ):
         cache["write", 0]
-    with pytest.raises(KeyError, match="names_filter asks for no hook 'blocks.0.attn.hook_rot_q': layer 0 is recurrent"):
+    with pytest.raises(
+        KeyError, match="names_filter asks for no hook 'blocks.0.attn.hook_rot_q': layer 0 is recurrent"
+    ):
         model.run_with_cache(corrupted, names_filter="blocks.0.attn.hook_rot_q")
     with pytest.raises(KeyError, match="this model has no hook 'zzz'; model.hook_dict lists them all"):
         model.add_hook("zzz", print)

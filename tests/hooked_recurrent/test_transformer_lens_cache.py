@@ -152,7 +152,9 @@ def test_a_row_of_a_cache(layer_types):
     assert one["z", 0].ndim == 3 and torch.equal(one.write(0, 1, 1).AB, cache.write(0, 1, 1).AB[[1]])
     moved = cache.to("meta")
     assert moved is cache and moved["resid_pre", 0].is_meta and moved.write(0, 1, 1).A.is_meta
-    assert moved.initial_state.layers[0].matrix.is_meta and all(more.query.is_meta for more in moved.added_writes.values())
+    assert moved.initial_state.layers[0].matrix.is_meta and all(
+        more.query.is_meta for more in moved.added_writes.values()
+    )
 
 
 def test_other_methods():
@@ -179,7 +181,11 @@ def test_attributions_of_any_stack():
 
 
 BAD_CALLS = {
-    "layer": (lambda cache: cache.decompose_resid(4), IndexError, "layer 4 is out of range: the model has layers 0 to 2"),
+    "layer": (
+        lambda cache: cache.decompose_resid(4),
+        IndexError,
+        "layer 4 is out of range: the model has layers 0 to 2",
+    ),
     "mode": (lambda cache: cache.decompose_resid(mode="mixer"), ValueError, "mode must be 'all', 'mlp' or 'attn'"),
     "unit": (lambda cache: cache.logit_contributions(1, unit="layer"), ValueError, "unit must be one of .*got 'layer'"),
     "token": (lambda cache: cache.logit_contributions(29), IndexError, "tokens must be 0 to 28, got 29 to 29"),
