@@ -160,14 +160,12 @@ class ResidualTools(LensTools):
         """Every head, every neuron (or MLP), the embedding and the biases of the mixers; together they are the stream."""
         layer = self._layer(layer, mlp_input)
         finish = _Projection(self, layer, mlp_input, apply_ln, pos_slice, project_output_onto)
-        if layer + int(mlp_input):
-            heads, labels = self.stack_head_results(layer + int(mlp_input), True, pos_slice=pos_slice)
-        else:
-            heads, labels = self._nothing(pos_slice), []
+        heads, labels = self.stack_head_results(layer + int(mlp_input), True, pos_slice=pos_slice)
         mlps, mlp_labels = self.decompose_resid(layer, mlp_input, "mlp", False, pos_slice, False, True)
         if expand_neurons and self.model.cfg.d_mlp is not None:
-            options: dict[str, Any] = {"project_output_onto": project_output_onto, "mlp_input": mlp_input, "return_labels": True}
-            mlps, mlp_labels = self.stack_neuron_results(layer, pos_slice, apply_ln=apply_ln, **options)
+            options: dict[str, Any] = {"project_output_onto": project_output_onto, "mlp_input": mlp_input}
+            options |= {"apply_ln": apply_ln, "return_labels": True}
+            mlps, mlp_labels = self.stack_neuron_results(layer, pos_slice, **options)
         else:
             mlps = finish.then(finish.first(mlps))
         embed = self._at("hook_embed", pos_slice)[None]
