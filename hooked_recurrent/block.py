@@ -45,6 +45,13 @@ class Block(nn.Module):
         """Whether this block has a matrix memory."""
         return hasattr(self, "mixer")
 
+    @property
+    def can_fan_out(self) -> bool:
+        """Whether the mixer may read once for many rows: no function is attached that would miss their own activations."""
+        return self.recurrent and not any(
+            point.in_use for point in self.modules() if isinstance(point, RecurrentHookPoint)
+        )
+
     def remembers(self) -> Shapes:
         """What the state of this layer holds."""
         mixer = self.mixer if self.recurrent else self.attn
@@ -57,8 +64,8 @@ class Block(nn.Module):
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
-    ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerState]]:
-        """One block over the positions of a call, and its state after each of `call.stops`."""
+    ) -> tuple[Float[Tensor, "rows pos d_model"], list[LayerState]]:
+        """One block over the positions of a call, and its state after each of `call.stops`; see `Call.rows` for the rows."""
         resid = self.hook_resid_pre(resid)
         normalized = self.ln1(resid)
         if self.recurrent:

@@ -84,11 +84,8 @@ class RecurrentCache(ResidualTools, ActivationCache):
             raise ValueError(f"a function on {prefix}write replaced writes by matrices, so they have no factors")
         roles = ["log_decay", "write_key", "write_value", "query", *(["erase", "probe"] if erases else [])]
         kept = {role: self._role(prefix + role) for role in roles}
-        if layer in self.added_writes:
-            added = self.added_writes[layer]
-            kept["write_key"] = torch.cat([kept["write_key"][:, :, :, None], added.write_key.detach()], dim=3)
-            kept["write_value"] = torch.cat([kept["write_value"][:, :, :, None], added.write_value.detach()], dim=3)
-        return Factors(**kept)
+        added = self.added_writes.get(layer)
+        return Factors(**kept).with_terms(None if added is None else added.map(torch.detach))
 
     def write(self, layer: int, head: int | slice, pos: int | slice) -> FactoredMatrix:
         """The writes of a head as a FactoredMatrix [batch, (pos,) (head,) d_k, d_v], one rank per write term.
@@ -118,7 +115,8 @@ class RecurrentCache(ResidualTools, ActivationCache):
         initial = None if self.initial_state is None else self.initial_state.layers[layer].matrix
         matrix = None if initial is None else initial.detach()[:, some]
         wanted = [pos % factors.length] if isinstance(pos, int) else list(range(factors.length))[pos]
-        states, start = {}, 0
+        states: dict[int, Any] = {}
+        start = 0
         for index in sorted(wanted):
             _, matrix = scan(factors.at(slice(start, index + 1)), matrix)
             states[index], start = matrix, index + 1

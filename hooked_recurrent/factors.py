@@ -23,6 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 State = Float[Tensor, "batch head d_k d_v"]
+Before = Float[Tensor, "batch_or_1 head d_k d_v"]
+"""The state before a stretch: one per row, or a single one that serves every row and is not copied."""
 Read = Float[Tensor, "batch pos head d_v"]
 
 
@@ -100,6 +102,16 @@ class Factors:
             return self
         erase = self.erase_strength[..., None] * self.write_key
         return replace(self, erase=erase, probe=self.write_key, erase_strength=None)
+
+    def with_terms(self, added: "Factors | None") -> "Factors":
+        """The same with further write terms: those of `added`, whose writes have a term axis. None adds nothing."""
+        if added is None:
+            return self
+        key, value = (
+            torch.cat([side[:, :, :, None], more], dim=3)
+            for side, more in ((self.write_key, added.write_key), (self.write_value, added.write_value))
+        )
+        return replace(self.decoupled(), write_key=key, write_value=value)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Factors":
         """A copy with `change` applied to every tensor that is present."""

@@ -149,7 +149,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, DirectionsMixin, HookedRo
             raise ValueError(f"last_only keeps no logits to make a loss of, but return_type is {return_type!r}")
         tokens = self._tokens(input)
         whole_text = state is None and not return_state
-        stops, unembed = (tokens.shape[1],), return_type is not None
+        stops, unembed = (tokens.shape[1],) if return_state else (), return_type is not None
         logits, states = self._run(tokens, state, check_edits(edits), stops, backend, whole_text, unembed, last_only)
         output: Any = None
         if return_type in ("loss", "both"):
@@ -205,7 +205,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, DirectionsMixin, HookedRo
         check_state(state, list(self.blocks), tokens.shape[0])
         for edit in edits:
             edit.check(self.cfg, tokens.shape[1] if whole_text else None)
-        call = Call(self.clock, edits, stops, backend)
+        call = Call(self.clock, edits, stops, backend=backend)
         with self.clock.running(state.position, tokens.shape[1]):
             resid = self.embed(tokens)
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
@@ -238,18 +238,24 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, DirectionsMixin, HookedRo
         resid: Float[Tensor, "batch pos d_model"],
         state: RecurrentState,
         *,
+        rows: int | None = None,
         shared: Mapping[str, Tensor] | None = None,
         edits: Iterable[WriteEdit] = (),
+        at: Int[Tensor, "rows some"] | None = None,
         backend: str = "auto",
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "rows some d_vocab"]:
         """Logits of a run that enters at a layer, for an intervention that leaves everything below as it was.
 
         Args:
             layer: the first block that runs; the hooks of this and the later ones fire.
             resid: what its hook_resid_pre shows at these positions.
             state: the state before them; what it holds of the layers below is not looked at.
+            rows: run the one row of `resid` and `state` this many times side by side, each with the edits of its row (counted
+                in `WriteEdit.batch`). Nothing that rows share is copied, and what the entering layer does before its writes
+                is done once, unless a function is attached to that layer's hooks.
             shared: what earlier layers leave for later ones at these positions (`model.last_call.shared` of a plain pass).
             edits: as in `forward`, none of them below `layer`.
+            at: per row, which positions of this run are unembedded, counted from its first; all by default.
 
         Raises:
             ValueError, IndexError: for a layer, state or edit that does not fit, and for NaN or Inf in the logits.
@@ -264,9 +270,19 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, DirectionsMixin, HookedRo
         below = (LayerState(),) * layer
         state = RecurrentState((*below, *state.layers[layer:]), state.position)
         check_state(state, list(self.blocks), resid.shape[0])
-        call = Call(self.clock, checked, (resid.shape[1],), backend, dict(shared or {}))
+        call = Call(self.clock, checked, backend=backend, shared=dict(shared or {}))
+        if rows is not None:
+            if resid.shape[0] != 1:
+                raise ValueError(f"rows fans out a single row, got a batch of {resid.shape[0]}")
+            if self.blocks[layer].can_fan_out:
+                call.rows = rows
+            else:
+                resid = resid.expand(rows, -1, -1)
         with self.clock.running(state.position, resid.shape[1]):
-            logits, _ = self._through(resid, state, call, layer, unembed=True)
+            final, _ = self._through(resid, state, call, layer, unembed=False)
+        if at is not None:
+            final = final.gather(1, at.to(final.device)[:, :, None].expand(-1, -1, final.shape[2]))
+        logits = nn.functional.linear(final, self.W_U.T)
         if not torch.isfinite(logits.detach().sum(dtype=torch.float64)):
             raise ValueError(
                 f"NaN or Inf in the logits of a run that entered at layer {layer}, position {state.position}"

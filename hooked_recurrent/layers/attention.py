@@ -70,8 +70,9 @@ class GatedAttention(nn.Module):
         key = self.hook_rot_k(rotate(self.k_norm(key), angles))
         past = 0
         if state.keys is not None and state.values is not None:
-            past = state.keys.shape[1]
-            key, value = torch.cat([state.keys, key], dim=1), torch.cat([state.values, value], dim=1)
+            past, rows = state.keys.shape[1], (len(key), -1, -1, -1)  # one past may serve every row
+            key = torch.cat([state.keys.expand(rows), key], dim=1)
+            value = torch.cat([state.values.expand(rows), value], dim=1)
         z = self.hook_z(self._attend(query, key, value, past) * gate.sigmoid())
         states = [LayerState(keys=key[:, : past + stop], values=value[:, : past + stop]) for stop in stops]
         return self.out(z.flatten(2)), states

@@ -30,9 +30,9 @@ class ShortConv(nn.Module):
         return self.taps - 1, self.weight.shape[0]
 
     def forward(
-        self, x: Float[Tensor, "batch pos channel"], tail: Float[Tensor, "batch past channel"] | None
+        self, x: Float[Tensor, "batch pos channel"], tail: Float[Tensor, "batch_or_1 past channel"] | None
     ) -> tuple[Float[Tensor, "batch pos channel"], Float[Tensor, "batch padded channel"]]:
-        """Convolve; `tail` holds the taps - 1 inputs before x (zeros at the start of a text).
+        """Convolve; `tail` holds the taps - 1 inputs before x (zeros at the start of a text); one row may serve all.
 
         Returns:
             silu(conv(x)), and the inputs with the tail in front, for `tails`.
@@ -40,7 +40,7 @@ class ShortConv(nn.Module):
         past = self.taps - 1
         if tail is None:
             tail = x.new_zeros(x.shape[0], past, x.shape[2])
-        padded = torch.cat([tail, x], dim=1)
+        padded = torch.cat([tail.expand(len(x), -1, -1), x], dim=1)
         length = x.shape[1]
         # A sum of shifted copies: on the CPU it is faster than a grouped conv1d and needs no transposed copy.
         out = padded[:, :length] * self.weight[:, 0]
@@ -71,7 +71,7 @@ class ShortConvs(nn.Module):
         return self.parts[0].tail_shape[0], sum(self.widths)
 
     def forward(
-        self, parts: Sequence[Float[Tensor, "batch pos _"]], tail: Float[Tensor, "batch past channel"] | None
+        self, parts: Sequence[Float[Tensor, "batch pos _"]], tail: Float[Tensor, "batch_or_1 past channel"] | None
     ) -> tuple[list[Float[Tensor, "batch pos _"]], Float[Tensor, "batch padded channel"]]:
         """As ShortConv, for every part by itself; the inputs with the tail in front come joined, for `tails`."""
         before = [None] * len(self.widths) if tail is None else tail.split(self.widths, dim=-1)

@@ -9,7 +9,7 @@ from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.token_shift import shift_tails, token_shift
 from hooked_recurrent.state import Shapes
 
-Tail = Float[Tensor, "batch one d_model"] | None
+Tail = Float[Tensor, "batch_or_1 one d_model"] | None
 """The last position that the MLP of an earlier call saw; None for a kind that looks at no other position."""
 
 

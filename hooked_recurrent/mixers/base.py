@@ -24,10 +24,11 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hooked_recurrent.config import MixerConfig
 from hooked_recurrent.edits import WriteEdit, apply_edits
-from hooked_recurrent.factors import Factors
+from hooked_recurrent.factors import Factors, Read
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
 from hooked_recurrent.scan.dispatch import scan
 from hooked_recurrent.state import LayerState, Shapes
@@ -42,7 +43,9 @@ class Call:
     edits: tuple[WriteEdit, ...] = ()
     """Edits of every layer."""
     stops: tuple[int, ...] = ()
-    """Lengths (in tokens of this call) after which each layer's state is wanted; the last is the whole length."""
+    """Lengths (in tokens of this call) after which each layer's state is wanted; none where no state is."""
+    rows: int | None = None
+    """Into how many rows the entering layer fans out its one, behind its projections; None for no fan."""
     backend: str = "auto"
     """Which scan runs."""
     shared: dict[str, Tensor] = field(default_factory=dict)
@@ -101,14 +104,35 @@ class RecurrentMixer(nn.Module, ABC):
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
-    ) -> tuple[Float[Tensor, "batch pos d_model"], list[LayerState]]:
+    ) -> tuple[Float[Tensor, "rows pos d_model"], list[LayerState]]:
         """The mixer's contribution to the residual stream, and its state after each of `call.stops`."""
         factors, beside, around = self.project(x, state, call)
-        factors, writes = self._hook_factors(factors, call)
-        read, matrices = self._scan(factors, writes, state.matrix, call)
+        if call.rows is not None:
+            matrices: list[Tensor] = []
+            read = self._fanned_out(factors, state.matrix, call)
+            beside = tree_map_only(Tensor, lambda tensor: tensor.expand(len(read), *tensor.shape[1:]), beside)
+            call.rows = None  # the layers above find the rows in the residual stream
+        else:
+            factors, writes = self._hook_factors(factors, call)
+            read, matrices = self._scan(factors, writes, state.matrix, call)
         z = self.hook_z(self.read_out(self.hook_read(read), beside))
         states = [replace(tails, matrix=matrix) for tails, matrix in zip(around, matrices, strict=True)]
         return self.out(z.flatten(2)), states
+
+    def _fanned_out(self, native: Factors, matrix: Tensor | None, call: Call) -> Read:
+        """What the rows of a fan read: one row's reads for all, but in the heads that are edited."""
+        read, _ = scan(native, matrix, backend=call.backend, want_state=False)
+        heads = sorted({edit.head for edit in call.edits if edit.layer == self.layer})
+        read = read.expand(call.rows, *read.shape[1:])
+        if not heads:
+            return read
+        read = read.clone()
+        factors = native.map(lambda tensor: tensor[:, :, heads].expand(call.rows, *tensor[:, :, heads].shape[1:]))
+        edits = [replace(e, head=heads.index(e.head)) for e in call.edits if e.layer == self.layer]
+        factors, added = apply_edits(factors, edits, call.clock.positions)
+        before = None if matrix is None else matrix[:, heads]
+        read[:, :, heads], _ = scan(factors.with_terms(added), before, backend=call.backend, want_state=False)
+        return read
 
     def _hook_factors(self, native: Factors, call: Call) -> tuple[Factors, Tensor | None]:
         """Edit and hook the six roles; also the write matrices, if a function may have changed them."""
@@ -128,10 +152,8 @@ class RecurrentMixer(nn.Module, ABC):
         key, value = self.hook_write_key(factors.write_key), self.hook_write_value(factors.write_value)
         if added is not None:
             call.added_writes[self.layer] = added
-            key = torch.cat([key[:, :, :, None], added.write_key], dim=3)
-            value = torch.cat([value[:, :, :, None], added.write_value], dim=3)
         query = self.hook_query(factors.query)
-        factors = replace(factors, log_decay=log_decay, write_key=key, write_value=value, query=query)
+        factors = replace(factors, log_decay=log_decay, write_key=key, write_value=value, query=query).with_terms(added)
         if not self.hook_write.in_use:
             return factors, None
         writes = self.hook_write(factors.write_matrix())
@@ -144,20 +166,29 @@ class RecurrentMixer(nn.Module, ABC):
     def _scan(
         self, factors: Factors, writes: Tensor | None, matrix: Tensor | None, call: Call
     ) -> tuple[Tensor, list[Tensor]]:
-        """Scan stretch by stretch between the stops; returns the read and the matrix at every stop."""
+        """Scan stretch by stretch between the stops; returns the read and the matrix at every stop, the last one included."""
         seen: list[Tensor] = []
         on_state = self._state_hook(call, seen) if self.hook_state.in_use else None
         reads, matrices, start = [], [], 0
-        for stop in call.stops:
+        for stop in dict.fromkeys([*call.stops, factors.length]):
+            wanted = stop in call.stops
             if stop > start:
                 stretch = slice(start, stop)
                 hook = None if on_state is None else (lambda s, index, first=start: on_state(s, first + index))
                 dense = None if writes is None else writes[:, stretch]
-                read, matrix = scan(factors.at(stretch), matrix, writes=dense, on_state=hook, backend=call.backend)
+                read, matrix = scan(
+                    factors.at(stretch),
+                    matrix,
+                    writes=dense,
+                    on_state=hook,
+                    backend=call.backend,
+                    want_state=wanted,
+                )
                 reads.append(read)
             elif matrix is None:
                 matrix = factors.zero_state()
-            matrices.append(matrix)
+            if wanted:
+                matrices.append(matrix)
             start = stop
         if seen:
             self.hook_state(torch.cat(seen, dim=1))

@@ -2,11 +2,12 @@
 
 A write edit at (layer l, position t) leaves everything below l and before t as it was. So one plain pass over a text keeps the
 inputs of the edited layers and the states before the edited positions; every edit then is a run that enters at layer l with
-the state at t, and edits of the same layer and position run side by side in one batch. Nothing is approximated: the logits are
-those of a full pass with the same edit, up to rounding.
+the state at t. Edits of one layer run side by side in a batch that shares this state, those of neighbouring positions too
+where that costs less than running them by themselves. Nothing is approximated: the logits are those of a full pass with the
+same edit, up to rounding.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
 
@@ -33,7 +34,7 @@ class Fork:
     position: int
     """Its first edited position, which is that of logits[0]."""
     logits: Float[Tensor, "pos d_vocab"]
-    """From that position to the horizon."""
+    """From that position to the horizon; with `last_only` at the horizon alone."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Trunk:
 
     @staticmethod
     def grow(model: HookedRecurrentModel, text: Int[Tensor, "one pos"], positions: Collection[int]) -> "Trunk":
-        """One plain pass over a text, keeping the inputs of all recurrent layers and the states at these positions."""
+        """One plain pass over a text, keeping the inputs of all layers and the states at these positions."""
         inputs: dict[int, Tensor] = {}
 
         def keep(layer: int) -> Callable:
             return reads_only(lambda tensor, hook: inputs.__setitem__(layer, tensor.detach()))
 
-        hooks = [(f"blocks.{layer}.hook_resid_pre", keep(layer)) for layer in model.cfg.recurrent_layers]
+        hooks = [(f"blocks.{layer}.hook_resid_pre", keep(layer)) for layer in range(model.cfg.n_layers)]
         with model.hooks(fwd_hooks=hooks):
             states = model.snapshots(text, positions)
         return Trunk(inputs, dict(model.last_call.shared), states)
@@ -69,9 +70,33 @@ class _Job:
     layer: int
     position: int
 
+
+@dataclass(frozen=True)
+class _Batch:
+    """Jobs of one text and layer that run side by side from the state at `start`."""
+
+    jobs: tuple[_Job, ...]
+    end: int
+    """The last job's text, or horizon, ends here."""
+    alone: int
+    """How many tokens the jobs would take one by one."""
+
     @property
-    def place(self) -> tuple[int, int, int]:
-        return self.row, self.position, self.layer
+    def start(self) -> int:
+        return self.jobs[0].position
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    def joined(self, other: "_Batch") -> "_Batch":
+        return _Batch((*self.jobs, *other.jobs), max(self.end, other.end), self.alone + other.alone)
+
+
+# A batch of fewer tokens than this waits for the weights to be read from memory, whatever it computes.
+FREE_TOKENS = 32
+# Running from an earlier position than its own costs a job tokens; a batch may have this share of them more than its jobs need.
+SLACK = 0.25
 
 
 def run_edits(
@@ -82,6 +107,7 @@ def run_edits(
     horizon: int | None = 1,
     memory: int = 2**30,
     trunk: Trunk | None = None,
+    last_only: bool = False,
     done: Collection[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Fork]:
@@ -94,13 +120,14 @@ def run_edits(
             None only where there is one row).
         horizon: how many positions after an intervention's first one are wanted: 0 for the logits at t, 1 for t and t + 1, None
             for the whole rest of the text.
-        memory: about how many bytes the states and activations of one batch, and the kept states, may take each.
+        memory: about how many bytes the activations of one batch, and the kept states, may take each.
         trunk: the kept pass of the one text in `tokens`, with the states of all edited positions; grown here when left out.
+        last_only: keep only the logits at the horizon's end, which saves most of the unembedding.
         done: indices to leave out, for instance because an earlier run measured them.
         on_progress: told (how many are done, how many there are) after every batch.
 
     Yields:
-        One `Fork` per intervention, by row, then position, then layer: the same order at every call.
+        One `Fork` per intervention, row by row, in an order that depends on the arguments alone.
 
     Raises:
         ValueError, IndexError: before anything runs, for an intervention without edits, one whose rows differ or are missing,
@@ -114,8 +141,12 @@ def run_edits(
         if len(tokens) != 1 or missing:
             what = f"no state at {min(missing)}" if missing else f"one text, not {len(tokens)}"
             raise ValueError(f"the trunk holds {what}")
-    wanted = sorted((job for job in jobs if job.index not in set(done)), key=lambda job: (*job.place, job.index))
-    return _run(model, tokens, wanted, horizon, memory, trunk, on_progress)
+    left_out = set(done)
+    wanted = sorted(
+        (job for job in jobs if job.index not in left_out), key=lambda job: (job.row, job.position, job.index)
+    )
+    plan = _Plan(model, tokens, horizon, memory, last_only)
+    return plan.run(wanted, trunk, on_progress)
 
 
 def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object, horizon: int | None) -> _Job:
@@ -141,72 +172,99 @@ def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object,
     return _Job(index, tuple(replace(edit, batch=None) for edit in edits), row, min(e.layer for e in edits), first)
 
 
-def _run(
-    model: HookedRecurrentModel,
-    tokens: Tensor,
-    jobs: list[_Job],
-    horizon: int | None,
-    memory: int,
-    trunk: Trunk | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> Iterator[Fork]:
-    finished = 0
-    for row, of_row in groupby(jobs, key=lambda job: job.row):
-        mine = list(of_row)
-        text = tokens[row : row + 1]
-        kept = trunk or Trunk.grow(model, text, [mine[0].position])
-        for state, here in _states(model, text, mine, memory, kept):
-            for layer, at_layer in groupby(here, key=lambda job: job.layer):
-                group = list(at_layer)
-                start, stop = state.position, text.shape[1]
-                stop = stop if horizon is None else min(stop, start + horizon + 1)
-                resid = kept.inputs[layer][:, start:stop]
-                beside = {name: tensor[:, start:stop] for name, tensor in kept.shared.items()}
-                size = max(1, memory // _bytes_per_row(model, state, layer, stop - start))
-                for batch in (group[i : i + size] for i in range(0, len(group), size)):
-                    logits = _side_by_side(model, layer, resid, state, beside, batch)
-                    finished += len(batch)
+@dataclass(frozen=True)
+class _Plan:
+    """How the jobs of a call become batches, and what runs them."""
+
+    model: HookedRecurrentModel
+    tokens: Tensor
+    horizon: int | None
+    memory: int
+    last_only: bool
+
+    def run(
+        self, jobs: list[_Job], trunk: Trunk | None, on_progress: Callable[[int, int], None] | None
+    ) -> Iterator[Fork]:
+        """Text by text, and in a text as many positions at a time as `memory` holds the states of."""
+        finished = 0
+        for row, of_row in groupby(jobs, key=lambda job: job.row):
+            mine = list(of_row)
+            text = self.tokens[row : row + 1]
+            kept = trunk or Trunk.grow(self.model, text, [mine[0].position])
+            for states, here in self._stretches(text, mine, kept):
+                for batch in self._batches(here):
+                    yield from self._side_by_side(batch, states[batch.start], kept)
+                    finished += len(batch.jobs)
                     if on_progress is not None:
                         on_progress(finished, len(jobs))
-                    for job, made in zip(batch, logits, strict=True):
-                        yield Fork(job.index, row, job.position, made)
 
+    def _stretches(
+        self, text: Tensor, jobs: list[_Job], trunk: Trunk
+    ) -> Iterator[tuple[Mapping[int, RecurrentState], list[_Job]]]:
+        """The states before some positions of a text, with the jobs there.
 
-def _states(
-    model: HookedRecurrentModel, text: Tensor, jobs: list[_Job], memory: int, trunk: Trunk
-) -> Iterator[tuple[RecurrentState, list[_Job]]]:
-    """The state before every edited position of a text, with the jobs there; as many at a time as `memory` holds.
+        The trunk has the first one at least; those that it lacks are taken on the way on from there.
+        """
+        groups = [(position, list(here)) for position, here in groupby(jobs, key=lambda job: job.position)]
+        state = trunk.states[groups[0][0]]
+        several = max(1, self.memory // max(1, _bytes(state)))
+        for now in (groups[i : i + several] for i in range(0, len(groups), several)):
+            taken, positions = trunk.states, [position for position, _ in now]
+            if not taken.keys() >= set(positions):
+                start, last = state.position, positions[-1]
+                taken = {start: state}
+                if last > start:
+                    taken = self.model.snapshots(text[:, start:last], positions, state=state)
+            yield taken, [job for _, here in now for job in here]
+            state = taken[positions[-1]]
 
-    The trunk has the first one at least; those that it lacks are taken on the way on from there.
-    """
-    groups = [(position, list(here)) for position, here in groupby(jobs, key=lambda job: job.position)]
-    state = trunk.states[groups[0][0]]
-    several = max(1, memory // max(1, _state_bytes(state)))
-    for now in (groups[i : i + several] for i in range(0, len(groups), several)):
-        taken, positions = trunk.states, [position for position, _ in now]
-        if not taken.keys() >= set(positions):
-            start, last = state.position, positions[-1]
-            taken = {start: state}
-            if last > start:
-                taken = model.snapshots(text[:, start:last], positions, state=state)
-        for position, here in now:
-            yield taken[position], here
-        state = taken[positions[-1]]
+    def _batches(self, jobs: list[_Job]) -> Iterator[_Batch]:
+        """Layer by layer; a batch takes in later positions as long as that is cheap, and as many jobs as `memory` holds."""
+        for _, at_layer in groupby(sorted(jobs, key=lambda job: (job.layer, job.position)), key=lambda job: job.layer):
+            batch = None
+            for job in at_layer:
+                single = _Batch((job,), self._end(job), self._end(job) - job.position)
+                grown = single if batch is None else batch.joined(single)
+                if batch is not None and not self._fits(grown):
+                    yield batch
+                    grown = single
+                batch = grown
+            if batch is not None:
+                yield batch
 
+    def _fits(self, batch: _Batch) -> bool:
+        cheap = len(batch.jobs) * batch.length <= max(FREE_TOKENS, (1 + SLACK) * batch.alone)
+        return cheap and len(batch.jobs) * self._bytes_per_row(batch.length) <= self.memory
 
-def _side_by_side(
-    model: HookedRecurrentModel,
-    layer: int,
-    resid: Tensor,
-    state: RecurrentState,
-    shared: dict[str, Tensor],
-    jobs: list[_Job],
-) -> Float[Tensor, "row pos d_vocab"]:
-    """One batch: a row per job, all from the same state."""
-    rows = len(jobs)
-    edits = [edit for slot in zip_longest(*(job.edits for job in jobs)) for edit in _merged(slot)]
-    beside = {name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in shared.items()}
-    return model.run_from(layer, resid.expand(rows, -1, -1), state.fork(rows), shared=beside, edits=edits)
+    def _end(self, job: _Job) -> int:
+        length = self.tokens.shape[1]
+        return length if self.horizon is None else min(length, job.position + self.horizon + 1)
+
+    def _bytes_per_row(self, length: int) -> int:
+        """About what one more row of a batch needs: logits, a layer's activations, and that layer's state before and after."""
+        cfg = self.model.cfg
+        activations = length * (16 * cfg.d_model + 4 * (cfg.d_mlp or 0))
+        logits = cfg.d_vocab * (1 if self.last_only else length)
+        return (activations + logits + 2 * cfg.n_heads * cfg.d_k * cfg.d_v) * self.model.W_E.element_size()
+
+    def _side_by_side(self, batch: _Batch, state: RecurrentState, trunk: Trunk) -> Iterator[Fork]:
+        """One batch: a row per job, all from the same state."""
+        edits = [edit for slot in zip_longest(*(job.edits for job in batch.jobs)) for edit in _merged(slot)]
+        ends = torch.tensor([self._end(job) for job in batch.jobs]) - batch.start
+        first = ends - 1 if self.last_only else torch.tensor([job.position for job in batch.jobs]) - batch.start
+        count = int((ends - first).max())
+        layer, here = batch.jobs[0].layer, slice(batch.start, batch.end)
+        logits = self.model.run_from(
+            layer,
+            trunk.inputs[layer][:, here],
+            state,
+            rows=len(batch.jobs),
+            shared={name: tensor[:, here] for name, tensor in trunk.shared.items()},
+            edits=edits,
+            at=(first[:, None] + torch.arange(count)).clamp(max=batch.length - 1),
+        )
+        for job, made, length in zip(batch.jobs, logits, (ends - first).tolist(), strict=True):
+            yield Fork(job.index, job.row, job.position, made[:length])
 
 
 def _merged(slot: Sequence[WriteEdit | None]) -> Iterator[WriteEdit]:
@@ -227,11 +285,5 @@ def _merged(slot: Sequence[WriteEdit | None]) -> Iterator[WriteEdit]:
         yield replace(first, batch=torch.tensor(rows), key=key, value=value)
 
 
-def _state_bytes(state: RecurrentState, first: int = 0) -> int:
-    return sum(t.nbytes for layer in state.layers[first:] for t in layer.tensors().values())
-
-
-def _bytes_per_row(model: HookedRecurrentModel, state: RecurrentState, layer: int, length: int) -> int:
-    """About what one more row of a batch needs: its states twice (before and after), its logits, a layer's activations."""
-    width = model.cfg.d_vocab + 16 * model.cfg.d_model + 4 * (model.cfg.d_mlp or 0)
-    return 2 * _state_bytes(state, layer) + length * width * model.W_E.element_size()
+def _bytes(state: RecurrentState) -> int:
+    return sum(tensor.nbytes for layer in state.layers for tensor in layer.tensors().values())

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_recurrent.factors import Factors, Read, State, outer, state_dtype
+from hooked_recurrent.factors import Before, Factors, Read, State, outer, state_dtype
 
 StateHook = Callable[[Float[Tensor, "batch one head d_k d_v"], int], Tensor]
 """Given S_t as [batch, 1, head, d_k, d_v] and the index of its position, returns the state to go on with."""
 
 
-def step(state: State, factors: Factors, index: int, write: Tensor | None = None) -> State:
+def step(state: Before, factors: Factors, index: int, write: Tensor | None = None) -> State:
     """One transition. `factors` must be decoupled and of the state's dtype; `write` [batch, head, d_k, d_v] overrides k v^T."""
     decay = factors.log_decay[:, index].exp()
     decay = decay[..., None] if factors.vector_decay else decay[..., None, None]
@@ -32,7 +32,7 @@ def step(state: State, factors: Factors, index: int, write: Tensor | None = None
 
 def step_scan(
     factors: Factors,
-    initial_state: State | None = None,
+    initial_state: Before | None = None,
     *,
     writes: Float[Tensor, "batch pos head d_k d_v"] | None = None,
     on_state: StateHook | None = None,

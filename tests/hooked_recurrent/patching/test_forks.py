@@ -62,7 +62,7 @@ def test_the_order_is_fixed_and_what_is_done_is_left_out():
     some = [WriteEdit(layer, 0, t, "delete", batch=row) for row in (1, 0) for t in (7, 3) for layer in (2, 0)]
     heard = []
     forks = list(run_edits(model, tokens, some, on_progress=lambda done, total: heard.append((done, total))))
-    places = [(fork.row, fork.position, some[fork.index].layer) for fork in forks]
+    places = [(fork.row, some[fork.index].layer, fork.position) for fork in forks]
     assert places == sorted(places) and heard[-1] == (8, 8)
     rest = list(run_edits(model, tokens, some, done=[fork.index for fork in forks[:3]]))
     assert [fork.index for fork in rest] == [fork.index for fork in forks[3:]]
