@@ -203,9 +203,9 @@ class GenerationMixin:
         sampling.check(self.cfg.d_vocab)
         is_text = not isinstance(input, Tensor)
         as_text = return_type == "str" or (return_type == "input" and is_text)
+        tokens, edits = self._tokens(input, prepend_bos), check_edits(edits)
         if as_text:
             self._need_tokenizer()
-        tokens, edits = self._tokens(input, prepend_bos), check_edits(edits)
         end = (0 if state is None else state.position) + tokens.shape[1] + max_new_tokens
         for edit in edits:
             edit.check(self.cfg, end)
