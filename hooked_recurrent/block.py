@@ -21,6 +21,9 @@ from hooked_recurrent.state import LayerState, Shapes
 class Block(nn.Module):
     """resid_pre -> + mixer(ln1) -> resid_mid -> + mlp(ln2) -> resid_post. A softmax layer's mixer is called attn."""
 
+    hook_out_is_single_residual_stream = True
+    """transformer_lens 4 reads logits only from models whose blocks say so."""
+
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         kind = cfg.layer_types[layer]

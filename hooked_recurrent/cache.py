@@ -1,20 +1,23 @@
 """What run_with_cache returns: transformer_lens's ActivationCache, which also gives single writes and states on demand."""
 
+from copy import copy
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache, FactoredMatrix
+from transformer_lens.utilities import Slice
 
 from hooked_recurrent.factors import Factors
+from hooked_recurrent.residual import ResidualTools
 from hooked_recurrent.saving import Kept
 from hooked_recurrent.scan.dispatch import scan
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.write_gradients import WriteGradientMixin
 
 
-class RecurrentCache(WriteGradientMixin, ActivationCache):
+class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
     """An ActivationCache of a recurrent model; see `write`, `state` and `factors`, `write_grad` and `write_effect`."""
 
     def __init__(
@@ -109,6 +112,29 @@ class RecurrentCache(WriteGradientMixin, ActivationCache):
         none = factors.zero_state()[:, None][:, :0]
         stacked = torch.stack([states[index] for index in wanted], dim=1) if wanted else none
         return stacked[:, :, 0] if isinstance(head, int) else stacked
+
+    def to(self, device: str | torch.device) -> "RecurrentCache":
+        """Move everything that is kept, in place, with what `write` and `state` need besides."""
+        super().to(device)
+        self.added_writes = {layer: more.map(lambda x: x.to(device)) for layer, more in self.added_writes.items()}
+        self.initial_state = None if self.initial_state is None else self.initial_state.to(device)
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "RecurrentCache":
+        """A cache of the chosen rows; an int drops the batch axis. Takes what transformer_lens's Slice takes."""
+        cut = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        if cut.mode != "identity" and not self.has_batch_dim:
+            raise ValueError("this cache holds one sequence without a batch axis, so it has no rows to choose from")
+        part = copy(self)
+        part.cache_dict = dict(self.cache_dict)
+        if cut.mode == "identity":
+            return part
+        rows = torch.atleast_1d(cut.apply(torch.arange(len(next(iter(self.values())))), dim=0))
+        part.cache_dict = {name: cut.apply(tensor, dim=0) for name, tensor in self.items()}
+        part.has_batch_dim = cut.mode != "int"
+        part.added_writes = {layer: more.map(lambda x: x[rows]) for layer, more in self.added_writes.items()}
+        part.initial_state = None if self.initial_state is None else self.initial_state.index(rows)
+        return part
 
     def _role(self, name: str) -> Tensor:
         if name not in self.cache_dict:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
+import torch
+
 ATTENTION = "attention"
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "channel_mix")
@@ -154,6 +156,31 @@ class ModelConfig(StrictConfig):
     def d_head(self) -> int:
         """transformer_lens's name for the width that leaves a head through W_O: d_v."""
         return self.mixer.d_v
+
+    @property
+    def n_key_value_heads(self) -> None:
+        """None: transformer_lens's tools then sweep `n_heads` heads; hook_q, hook_k and hook_v may each have fewer."""
+        return None
+
+    @property
+    def attn_only(self) -> bool:
+        """transformer_lens's name for blocks without MLPs."""
+        return self.d_mlp is None
+
+    @property
+    def normalization_type(self) -> str:
+        """transformer_lens's name for the kind of the norms on the residual stream."""
+        return {"rms": "RMS", "layer": "LN"}[self.norm]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of transformer_lens's tables of numbers; the weights may have any."""
+        return torch.float32
+
+    @property
+    def default_prepend_bos(self) -> bool:
+        """False where transformer_lens asks the config: here `to_tokens` asks the tokenizer whether it has a BOS token."""
+        return False
 
     @property
     def device(self) -> str:

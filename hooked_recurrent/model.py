@@ -11,7 +11,6 @@ state on, and token by token give the same logits, caches and final state up to 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from hooked_recurrent.block import Block
 from hooked_recurrent.caching import CachingMixin
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
+from hooked_recurrent.directions import DirectionsMixin, TiedUnembed
 from hooked_recurrent.edits import WriteEdit
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
 from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
+from hooked_recurrent.names import first_name, unknown_hook
 from hooked_recurrent.state import LayerState, RecurrentState
 from hooked_recurrent.text import TextMixin
 from hooked_recurrent.validation import check_edits, check_finite, check_state, check_stop, check_tokens
@@ -37,7 +38,7 @@ RETURN_TYPES = ("logits", "loss", "both", None)
 INIT_STD = 0.02
 
 
-class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootModule):
+class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsMixin, HookedRootModule):
     """A recurrent language model, every rank-1 write of which can be seen and changed. See the module docstring."""
 
     def __init__(self, cfg: ModelConfig, tokenizer: Any = None):
@@ -48,7 +49,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
         self.ln_embed = make_norm(cfg) if cfg.embed_norm else None
         self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
         self.ln_final = make_norm(cfg)
-        self.unembed = None if cfg.tied_embeddings else nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        untied = not cfg.tied_embeddings
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False) if untied else TiedUnembed(self.embed)
         self.clock = Clock()
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -103,7 +105,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding."""
-        return (self.embed if self.unembed is None else self.unembed).weight.T
+        return self.unembed.weight.T
 
     @property
     def W_O(self) -> Float[Tensor, "layer head d_v d_model"]:
@@ -123,6 +125,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
         loss_per_token: bool = False,
         backend: str = "auto",
         stop_at_layer: int | None = None,
+        last_only: bool = False,
     ) -> Any:
         """Run the model.
 
@@ -139,6 +142,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
                 would read (hook_resid_post of the one below; for 0, hook_embed). Negative ones count from the end; the
                 number of layers runs all blocks. It goes with return_type "logits" (the default, which then gives the
                 residual stream) or None, and makes no state.
+            last_only: unembed the last position alone: logits [batch, 1, d_vocab]. Every hook still sees every position.
 
         Raises:
             ValueError, IndexError: for tokens, states or edits that do not fit the model, and for NaN or Inf (naming the
@@ -146,13 +150,19 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
         """
         if return_type not in RETURN_TYPES:
             raise ValueError(f"unknown return_type {return_type!r}; expected one of {RETURN_TYPES}")
+        if last_only and return_type in ("loss", "both"):
+            raise ValueError(f"last_only keeps no logits to make a loss of, but return_type is {return_type!r}")
         tokens, edits = self._tokens(input), check_edits(edits)
         last = None
         if stop_at_layer is not None:
             last = check_stop(stop_at_layer, self.cfg.n_layers, edits, return_type, return_state)
         whole_text = state is None and not return_state
-        stops, unembed = (tokens.shape[1],) if return_state else (), return_type is not None
-        logits, states = self._run(tokens, state, edits, stops, backend, whole_text, unembed, last)
+        stops = (tokens.shape[1],) if return_state else ()
+        final, states = self._run(tokens, state, edits, stops, backend, whole_text, last)
+        logits = final
+        if last is None and return_type is not None:
+            logits = nn.functional.linear(final[:, -1:] if last_only else final, self.W_U.T)
+            check_finite(self, logits, tokens, state, edits)
         output: Any = None
         if return_type in ("loss", "both"):
             loss = next_token_loss(logits, tokens, loss_per_token)
@@ -182,12 +192,12 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
                     f"snapshot at {position} is out of range: the text spans {start} to {start + tokens.shape[1]}"
                 )
         stops = tuple(dict.fromkeys([*(position - start for position in wanted), tokens.shape[1]]))
-        _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False, unembed=False)
+        _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False)
         return {taken.position: taken for taken in states if taken.position in wanted}
 
-    def _tokens(self, input: Any) -> Tensor:
+    def _tokens(self, input: Any, prepend_bos: bool | None = None) -> Tensor:
         texts = input if isinstance(input, list) and input else [input]
-        tokens = self.to_tokens(input) if all(isinstance(text, str) for text in texts) else input
+        tokens = self.to_tokens(input, prepend_bos) if all(isinstance(text, str) for text in texts) else input
         return check_tokens(tokens, self.cfg.d_vocab).to(self.device)
 
     def _run(
@@ -198,10 +208,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
         stops: tuple[int, ...],
         backend: str,
         whole_text: bool,
-        unembed: bool,
         last: int | None = None,
     ) -> tuple[Tensor, list[RecurrentState]]:
-        """Logits (or without `unembed` what they are made of), and the state after each of `stops` tokens.
+        """What the logits are made of, and the state after each of `stops` tokens.
 
         With `last`, the residual stream that block `last` would read, and no states.
         """
@@ -216,7 +225,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
             if self.cfg.residual_in_fp32:
                 resid = resid.to(state_dtype(resid.dtype))
-            final, per_layer = self._through(resid, state, call, 0, unembed, last)
+            final, per_layer = self._through(resid, state, call, 0, last)
         check_finite(self, final, tokens, state, edits)
         self.last_call = call
         if last is not None:
@@ -226,18 +235,14 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
         return final, states
 
     def _through(
-        self, resid: Tensor, state: RecurrentState, call: Call, first: int, unembed: bool, last: int | None = None
+        self, resid: Tensor, state: RecurrentState, call: Call, first: int, last: int | None = None
     ) -> tuple[Tensor, list[list[LayerState]]]:
-        """The blocks from `first` on (up to `last`, and then nothing more), the last norm and the unembedding; and the
-        states of these blocks."""
+        """The blocks from `first` on (up to `last`, and then nothing more) and the last norm; and these blocks' states."""
         per_layer = []
         for block, layer_state in zip(list(self.blocks)[first:last], state.layers[first:last], strict=True):
             resid, layer_states = block(resid, layer_state, call)
             per_layer.append(layer_states)
-        if last is not None:
-            return resid, per_layer
-        final = self.ln_final(resid)
-        return (nn.functional.linear(final, self.W_U.T) if unembed else final), per_layer
+        return (self.ln_final(resid) if last is None else resid), per_layer
 
     def run_from(
         self,
@@ -286,7 +291,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
             else:
                 resid = resid.expand(rows, -1, -1)
         with self.clock.running(state.position, resid.shape[1]):
-            final, _ = self._through(resid, state, call, layer, unembed=False)
+            final, _ = self._through(resid, state, call, layer)
         if at is not None:
             final = final.gather(1, at.to(final.device)[:, :, None].expand(-1, -1, final.shape[2]))
         logits = nn.functional.linear(final, self.W_U.T)
@@ -304,12 +309,11 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, HookedRootM
         super()._enable_hook(self.checked_hook_name(name), hook, dir)
 
     def checked_hook_name(self, name: Any) -> Any:
-        """The name itself if it is a hook of this model (or a predicate); else `KeyError` with the nearest names."""
-        if callable(name) or name in self.hook_dict:
-            return name
-        near = get_close_matches(str(name), list(self.hook_dict), n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; model.hook_dict lists them all"
-        raise KeyError(f"this model has no hook {name!r}{hint}")
+        """The first name of a hook of this model (or a predicate as it is); else `KeyError` with the nearest names."""
+        found = name if callable(name) else first_name(str(name), self.hook_dict)
+        if found is None:
+            raise KeyError(f"this model has {unknown_hook(str(name), self.hook_dict)}")
+        return found
 
     def parameter_count(self) -> int:
         """Number of weights, a tied matrix counted once."""

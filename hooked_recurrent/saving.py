@@ -5,13 +5,13 @@ A tensor is cut before it is kept, so that what was not asked for is free again 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
+from hooked_recurrent.names import first_name, unknown_hook
 
 MATRIX_HOOKS = ("hook_write", "hook_state")
 SCORE_HOOKS = ("hook_attn_scores", "hook_pattern")
@@ -26,12 +26,11 @@ def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | Non
     if callable(names_filter):
         return [name for name in names if names_filter(name)]
     wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-    for name in wanted:
-        if name not in names:
-            near = get_close_matches(name, names, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise KeyError(f"names_filter asks for {name!r}, which is no hook of this run{hint}")
-    return [name for name in names if name in set(wanted)]
+    found = [first_name(name, names) for name in wanted]
+    for name, known in zip(wanted, found, strict=True):
+        if known is None:
+            raise KeyError(f"names_filter asks for {unknown_hook(name, names)}")
+    return [name for name in names if name in set(found)]
 
 
 def indices(word: str, wanted: Indices, size: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Text in, tokens out, and back: the tokenizer conveniences that transformer_lens users expect of a model."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,10 +36,14 @@ class TextMixin:
         rows = [tokenizer.encode(one, add_special_tokens=False) for one in texts]
         rows = [[bos, *row] if prepend_bos else row for row in rows]
         if len({len(row) for row in rows}) != 1:
-            raise ValueError(f"texts of one batch must have equally many tokens, got {[len(row) for row in rows]}")
+            lengths = [len(row) for row in rows]
+            raise ValueError(
+                f"texts of one batch must have equally many tokens, got {lengths}: a recurrent state would read padding as "
+                "text, so run such texts one by one, or cut them to one length"
+            )
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
-    def to_string(self, tokens: Int[Tensor, "*batch pos"] | list[int] | int) -> str | list[str]:
+    def to_string(self, tokens: Int[Tensor, "*shape"] | list[int] | int) -> str | list[str]:
         """The text of one sequence, or a list of texts for a batch."""
         tokenizer, tokens = self._need_tokenizer(), torch.as_tensor(tokens)
         if tokens.ndim == 2:
@@ -59,3 +64,35 @@ class TextMixin:
         if len(row) != 1:
             raise ValueError(f"{text!r} is {len(row)} tokens, not one")
         return row[0]
+
+
+BROKEN = "\ufffd"
+"""What decoding puts where bytes make no character, such as the first bytes of one that is not whole yet."""
+
+
+class TextPieces:
+    """The text of a growing sequence of tokens, piece by piece, no character before it is whole.
+
+    Only the tokens since the piece before the last are decoded: one by one they would lose the spaces that some tokenizers
+    put between words, and all of them would take longer with every token. (The way of text-generation-inference.)
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Iterable[int]):
+        self.tokenizer, self.tokens = tokenizer, list(prompt)
+        self.start, self.end = 0, len(self.tokens)
+
+    def add(self, token: int) -> str:
+        """What this token adds to the text; nothing while its last character is not whole."""
+        self.tokens.append(token)
+        if self.tokenizer.decode(self.tokens[self.start :]).endswith(BROKEN):
+            return ""
+        return self.rest()
+
+    def rest(self) -> str:
+        """Everything that `add` still holds back, whole or not."""
+        if self.end == len(self.tokens):
+            return ""
+        before = self.tokenizer.decode(self.tokens[self.start : self.end])
+        piece = self.tokenizer.decode(self.tokens[self.start :])[len(before.rstrip(BROKEN)) :]
+        self.start, self.end = self.end, len(self.tokens)
+        return piece

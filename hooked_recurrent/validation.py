@@ -92,7 +92,7 @@ def check_finite(
     model: Any,
     logits: Tensor,
     tokens: Tensor,
-    state: RecurrentState,
+    state: RecurrentState | None,
     edits: tuple[WriteEdit, ...],
 ) -> None:
     """Raise if the logits hold NaN or Inf, naming the first hook and position that did.

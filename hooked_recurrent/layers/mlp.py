@@ -27,6 +27,11 @@ class SwiGLU(nn.Module):
         self.hook_pre, self.hook_pre_linear = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_post = RecurrentHookPoint()
 
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """What each neuron adds to the residual stream."""
+        return self.down.weight.T
+
     def remembers(self) -> Shapes:
         """Nothing."""
         return {}
@@ -51,6 +56,11 @@ class ChannelMix(nn.Module):
         self.up = nn.Linear(d_model, d_mlp, bias=False)
         self.down = nn.Linear(d_mlp, d_model, bias=False)
         self.hook_pre, self.hook_post = RecurrentHookPoint(), RecurrentHookPoint()
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """What each neuron adds to the residual stream."""
+        return self.down.weight.T
 
     def remembers(self) -> Shapes:
         """The last position."""

@@ -138,6 +138,91 @@ def test_samples_follow_the_distribution():
     assert set(draws.tolist()) == set(best.indices.tolist())
 
 
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 1.0])
+def test_nucleus(top_p):
+    """2,000 draws against the softmax of the fewest tokens that together reach top_p, worked out one by one."""
+    model = model_of()
+    tokens = tokens_of(model, batch=1, length=4)
+    probabilities = (model(tokens)[0, -1] / 1.5).softmax(-1)
+    kept, total = [], 0.0
+    for token in probabilities.argsort(descending=True).tolist():
+        if total < top_p:
+            kept.append(token)
+            total += float(probabilities[token])
+    expected = torch.zeros_like(probabilities)
+    expected[kept] = probabilities[kept] / total
+    options = {"do_sample": True, "temperature": 1.5, "top_p": top_p, "seed": 0}
+    draws = model.generate(tokens.expand(2000, -1), max_new_tokens=1, **options)[:, -1]
+    measured = torch.bincount(draws, minlength=29) / 2000
+    assert ((measured - expected).abs() <= 4 * (expected * (1 - expected) / 2000).sqrt() + 1e-12).all()
+
+
+def test_frequency_penalty_counts_every_token_of_the_text():
+    """As transformer_lens has it; a large one makes every token of the vocabulary come once before any comes again."""
+    model = model_of()
+    tokens = tokens_of(model, batch=2, length=4)
+    tokens[:] = torch.arange(4)
+    out = model.generate(tokens, max_new_tokens=25, do_sample=True, freq_penalty=1e4, seed=0)
+    assert (out.sort(dim=1).values == torch.arange(29)).all()
+
+
+def test_only_the_last_position_is_unembedded():
+    model = model_of()
+    tokens = tokens_of(model, length=9)
+    last, state = model(tokens, last_only=True, return_state=True)
+    whole = model(tokens)
+    assert last.shape == (2, 1, 29) and state.position == 9
+    assert distance(last[:, 0], whole[:, -1]) <= 1e-13
+    with pytest.raises(ValueError, match="last_only keeps no logits to make a loss of, but return_type is 'both'"):
+        model(tokens, return_type="both", last_only=True)
+
+    def spoil(tensor, hook):
+        tensor[1, 3] = torch.nan
+
+    # the first of them never reaches the last position
+    for name in ("blocks.2.hook_resid_post", "blocks.0.mixer.hook_k"):
+        with pytest.raises(ValueError, match=f"NaN in {name} at position 3 of batch row 1"):
+            model.generate(tokens, fwd_hooks=[(name, spoil)])
+
+
+class Tokenizer:
+    bos_token_id, eos_token_id = None, 0
+
+    def encode(self, text, add_special_tokens=True):
+        return [int(word) for word in text.split()]
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+def test_the_tokenizers_own_end_of_text():
+    free = model_of().generate(tokens_of(model_of(), batch=1, length=6), max_new_tokens=10)
+    tokenizer = Tokenizer()
+    tokenizer.eos_token_id = int(free[0, 8])
+    first = 6 + (free[0, 6:] == tokenizer.eos_token_id).nonzero()[0].item()
+    model = model_of(tokenizer=tokenizer)
+    generate = partial(model.generate, free[:, :6], max_new_tokens=10)
+    assert torch.equal(generate(), free[:, : first + 1])
+    assert torch.equal(generate(stop_at_eos=False), free)
+    assert torch.equal(generate(stop_at_eos=False, eos_token_id=tokenizer.eos_token_id), free)
+    text = " ".join(map(str, free[0, :6].tolist()))
+    assert model.generate(text, max_new_tokens=10) == tokenizer.decode(free[0, : first + 1].tolist())
+
+
+def test_several_tokens_may_end_a_row():
+    model = model_of()
+    tokens = tokens_of(model, batch=3, length=6)
+    free = model.generate(tokens, max_new_tokens=10)[:, 6:]
+    stops = {int(free[0, 3]), int(free[2, 7])}
+    assert len(stops) == 2
+    for ids in (list(stops), stops, (token for token in stops)):
+        out = model.generate(tokens, max_new_tokens=10, eos_token_id=ids)[:, 6:]
+        for row, expected in zip(out.tolist(), free.tolist(), strict=True):
+            end = next((place for place, token in enumerate(expected) if token in stops), 10)
+            wanted = expected[: end + 1] + expected[end : end + 1] * 10  # the token that ended it, again and again
+            assert row == wanted[: len(row)]
+
+
 def test_rows_of_a_batch_are_independent():
     model = model_of()
     tokens = tokens_of(model, batch=3, length=6)
@@ -179,6 +264,9 @@ BAD_CALLS = {
     ),
     "top_k": ({"do_sample": True, "top_k": 30}, "top_k must be between 1 and 29, got 30"),
     "no top_k": ({"do_sample": True, "top_k": 0}, "top_k must be between 1 and 29, got 0"),
+    "top_p": ({"do_sample": True, "top_p": 1.5}, "top_p must be greater than 0 and at most 1, got 1.5"),
+    "freq_penalty": ({"do_sample": True, "freq_penalty": -1.0}, "freq_penalty must not be negative, got -1.0"),
+    "eos": ({"eos_token_id": [3, 29]}, "eos_token_id 29 is out of range: the vocabulary has 29 tokens"),
     "str": ({"return_type": "str"}, "this model has no tokenizer"),
 }
 

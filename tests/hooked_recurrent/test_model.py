@@ -53,7 +53,7 @@ def test_rows_and_prefixes_do_not_know_of_the_rest(model, tokens):
 def test_weights_by_name(model):
     assert model.W_E.shape == (29, 12) and model.W_U.shape == (12, 29)
     tied = tiny_model()
-    assert tied.unembed is None and torch.equal(tied.W_U, tied.W_E.T)
+    assert "unembed.weight" not in tied.state_dict() and torch.equal(tied.W_U, tied.W_E.T)
     assert tied.W_O.shape == (2, 4, 5, 12)
     with pytest.raises(ValueError, match=r"W_O differ in shape.*model.blocks\[layer\].W_O"):
         model.W_O  # noqa: B018

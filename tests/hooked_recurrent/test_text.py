@@ -75,8 +75,9 @@ def test_generation_returns_what_it_was_given(model):
 def test_errors(model):
     with pytest.raises(ValueError, match=r"equally many tokens, got \[2, 3\]"):
         model.to_tokens(["ab", "abc"])
-    with pytest.raises(ValueError, match=r"equally many tokens, got \[2, 3\]"):
-        model(["ab", "abc"])
+    for call in (model, model.generate, model.generate_stream):
+        with pytest.raises(ValueError, match=r"got \[2, 3\]: .* run such texts one by one, or cut them to one length"):
+            call(["ab", "abc"])
     with pytest.raises(ValueError, match=r"at least one token, got shape \(1, 0\)"):
         model("")
     with pytest.raises(ValueError, match="'ab' is 2 tokens, not one"):
@@ -96,3 +97,6 @@ def test_generated_text_leaves_out_the_token_that_began_it(model_with_bos):
     assert text.startswith("ab")
     tokens = model_with_bos.generate(model_with_bos.to_tokens("ab"), max_new_tokens=3)
     assert text == model_with_bos.to_string(tokens[0, 1:])
+    assert "ab" + "".join(model_with_bos.generate_stream("ab", max_new_tokens=3)) == text
+    plain = model_with_bos.generate("ab", max_new_tokens=3, prepend_bos=False)
+    assert plain == model_with_bos.generate(torch.tensor([0, 1]), max_new_tokens=3, return_type="str")
