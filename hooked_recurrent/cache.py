@@ -1,18 +1,19 @@
 """What run_with_cache returns: transformer_lens's ActivationCache, which also gives single writes and states on demand."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache, FactoredMatrix
 
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
-from hooked_recurrent.scan.dispatch import scan
+from hooked_recurrent.scan.edited import edited_scan
 from hooked_recurrent.state import RecurrentState
 
 MATRIX_HOOKS = ("hook_write", "hook_state")
@@ -70,6 +71,14 @@ class RecurrentCache(ActivationCache):
         self.added_writes: dict[int, Factors] = call.added_writes
         self.dense_layers: frozenset[int] = frozenset(call.dense_layers)
         self.stepped_layers: frozenset[int] = frozenset(call.stepped_layers)
+        start = 0 if initial is None else initial.position
+        self.positions: Int[Tensor, "pos"] = torch.arange(start, start + call.stops[-1])
+        held = [edit for edit in call.edits if edit.stage in ("state", "carried")]
+        self._state_edits = [edit for edit in held if len(edit.local(self.positions)[0])]
+
+    def state_edits(self, layer: int) -> list[Any]:
+        """The edits that changed states of this layer during the run: StateEdits, and WriteEdits with reading "cache"."""
+        return [edit for edit in self._state_edits if edit.layer == layer]
 
     def factors(self, layer: int) -> Factors:
         """The six roles of a layer as the recurrence consumed them, with every write term. Needs its role hooks cached."""
@@ -101,25 +110,33 @@ class RecurrentCache(ActivationCache):
         heads, places = _forward(head, key.shape[2]), _forward(pos, key.shape[1])
         return FactoredMatrix(key[:, places][..., heads, :, :].mT, value[:, places][..., heads, :, :])
 
-    def state(self, layer: int, head: int | slice, pos: int | slice) -> Float[Tensor, "batch *pos_head d_k d_v"]:
-        """S_t, the state after the write at pos, recomputed from the factors for these heads only.
+    def state(
+        self, layer: int, head: int | slice, pos: int | slice, *, carried: bool = False
+    ) -> Float[Tensor, "batch *pos_head d_k d_v"]:
+        """S_t, the state after the write at pos that the query of pos read, recomputed from the factors for these heads only.
 
-        head and pos are ints or slices of this call's heads and positions; an int drops its axis.
+        head and pos are ints or slices of this call's heads and positions; an int drops its axis. With `carried` it is the
+        state that the next position started from: the same one, unless an edit with reading "cache" changed it after the
+        read.
         """
         factors = self.factors(layer)
         self._check(factors, head, pos)
         if layer in self.stepped_layers:
             name = f"blocks.{layer}.mixer.hook_state"
             raise ValueError(f"a function on {name} changed states, so no factors tell them: keep it by names_filter")
-        some = _forward(slice(head, head + 1 or None) if isinstance(head, int) else head, factors.query.shape[2])
+        heads = slice(head, head + 1 or None) if isinstance(head, int) else head
+        some, numbers = _forward(heads, factors.query.shape[2]), list(range(factors.query.shape[2]))[heads]
+        edits = [replace(e, head=numbers.index(e.head)) for e in self.state_edits(layer) if e.head in numbers]
         factors = factors.map(lambda tensor: tensor[:, :, some])
         initial = None if self.initial_state is None else self.initial_state.layers[layer].matrix
         matrix = None if initial is None else initial.detach()[:, some]
         wanted = [pos % factors.length] if isinstance(pos, int) else list(range(factors.length))[pos]
         states, start = {}, 0
         for index in sorted(wanted):
-            _, matrix = scan(factors.at(slice(start, index + 1)), matrix)
-            states[index], start = matrix, index + 1
+            stretch = slice(start, index + 1)
+            with torch.no_grad():  # the roles are kept without a graph; so are the edits' own tensors
+                _, seen, matrix = edited_scan(factors.at(stretch), matrix, edits, self.positions[stretch])
+            states[index], start = matrix if carried else seen, index + 1
         if isinstance(pos, int):
             out = states[wanted[0]]
             return out[:, 0] if isinstance(head, int) else out

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.edits import Edit
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.validation import check_edits
 
@@ -28,7 +28,7 @@ class GenerationMixin:
         eos_token_id: int | None = None,
         state: RecurrentState | None = None,
         fwd_hooks: list[tuple[str | Callable[[str], bool], Callable]] | None = None,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
         return_type: str = "input",
         return_state: bool = False,
     ) -> Any:
@@ -60,7 +60,7 @@ class GenerationMixin:
             self._need_tokenizer()
         end = (0 if state is None else state.position) + tokens.shape[1] + max_new_tokens
         for edit in edits:
-            edit.check(self.cfg, end)
+            edit.check(self, end)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         fresh = tokens

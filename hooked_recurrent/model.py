@@ -3,7 +3,7 @@
     logits = model(tokens)                                        [batch, pos, d_vocab]
     logits, state = model(tokens, return_state=True)              and model(more, state=state) goes on from there
     logits, cache = model.run_with_cache(tokens)
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, function)], edits=[WriteEdit(...)])
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, function)], edits=[WriteEdit(...)])  also StateEdit, ActivationEdit
     out = model.generate(tokens, max_new_tokens=20, fwd_hooks=[...], edits=[...])
 
 Step equivalence: for any edits, and any hook functions of absolute positions, one call, any split into calls that pass the
@@ -23,7 +23,7 @@ from hooked_recurrent.block import Block
 from hooked_recurrent.cache import RecurrentCache, cache_filter, join_pieces, saving_hooks
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
-from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.edits import Edit, attached
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
@@ -119,7 +119,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         *,
         state: RecurrentState | None = None,
         return_state: bool = False,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
         loss_per_token: bool = False,
         backend: str = "auto",
     ) -> Any:
@@ -131,8 +131,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
                 loss_per_token), "both" as a tuple, or None.
             state: where to go on from; None starts afresh.
             return_state: return (output, state after the last token).
-            edits: changes to single writes, at absolute positions. With `state` or `return_state`, positions outside this
-                call are left to the other calls; without, they are an error.
+            edits: changes to writes, states or activations, at absolute positions. With `state` or `return_state`, positions
+                outside this call are left to the other calls; without, they are an error.
             backend: which scan, "auto", "step" or "chunked".
 
         Raises:
@@ -159,7 +159,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         positions: Iterable[int],
         *,
         state: RecurrentState | None = None,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
     ) -> dict[int, RecurrentState]:
         """States taken on the way through one forward pass: for each absolute position p, the state that reads token p next.
 
@@ -186,7 +186,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         self,
         tokens: Tensor,
         state: RecurrentState | None,
-        edits: tuple[WriteEdit, ...],
+        edits: tuple[Edit, ...],
         stops: tuple[int, ...],
         backend: str,
         whole_text: bool,
@@ -197,9 +197,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             state = RecurrentState(tuple(LayerState() for _ in self.blocks))
         check_state(state, list(self.blocks), tokens.shape[0])
         for edit in edits:
-            edit.check(self.cfg, tokens.shape[1] if whole_text else None)
+            edit.check(self, tokens.shape[1] if whole_text else None)
         call = Call(self.clock, edits, stops, backend)
-        with self.clock.running(state.position, tokens.shape[1]):
+        with self.clock.running(state.position, tokens.shape[1]), attached(self, edits):
             resid = self.embed(tokens)
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
             if self.cfg.residual_in_fp32:
@@ -229,7 +229,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
         state: RecurrentState,
         *,
         shared: Mapping[str, Tensor] | None = None,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
         backend: str = "auto",
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of a run that enters at a layer, for an intervention that leaves everything below as it was.
@@ -248,14 +248,14 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, HookedRootModule):
             raise IndexError(f"layer {layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
         checked = check_edits(edits)
         for edit in checked:
-            edit.check(self.cfg, None)
-            if edit.layer < layer:
+            edit.check(self, None)
+            if edit.below(layer):
                 raise ValueError(f"the edit at {edit.where} lies below layer {layer}, where this run enters")
         below = (LayerState(),) * layer
         state = RecurrentState((*below, *state.layers[layer:]), state.position)
         check_state(state, list(self.blocks), resid.shape[0])
         call = Call(self.clock, checked, (resid.shape[1],), backend, dict(shared or {}))
-        with self.clock.running(state.position, resid.shape[1]):
+        with self.clock.running(state.position, resid.shape[1]), attached(self, checked):
             logits, _ = self._through(resid, state, call, layer, unembed=True)
         if not torch.isfinite(logits.detach().sum(dtype=torch.float64)):
             raise ValueError(

@@ -13,8 +13,10 @@ Hooks of `blocks.{l}.mixer`, in firing order (a rule adds its upstream ones, hoo
     hook_read          o_t = S_t^T q_t                    [batch, pos, head, d_v]
     hook_z             just before W_O                    [batch, pos, head, d_v]
 
-A `WriteEdit` acts before hook_write_key and hook_write_value fire, so they show what is written. A function on hook_state
-that may edit is called token by token, and what it returns is carried on; one marked `reads_only` gets all tokens at once.
+A `WriteEdit` acts before hook_write_key and hook_write_value fire, so they show what is written; a `StateEdit` acts before
+hook_state fires. With reading "cache" both act after hook_read, so that these hooks show what is native. A function on
+hook_state that may edit is called token by token, and what it returns is carried on; one marked `reads_only` gets all
+tokens at once.
 """
 
 from abc import ABC, abstractmethod
@@ -26,10 +28,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_recurrent.config import MixerConfig
-from hooked_recurrent.edits import WriteEdit, apply_edits
+from hooked_recurrent.edits import Edit, Stage, apply_edits
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
-from hooked_recurrent.scan.dispatch import scan
+from hooked_recurrent.scan.edited import edited_scan
 from hooked_recurrent.state import LayerState, Shapes
 
 
@@ -39,7 +41,7 @@ class Call:
 
     clock: Clock
     """The absolute positions of the call."""
-    edits: tuple[WriteEdit, ...] = ()
+    edits: tuple[Edit, ...] = ()
     """Edits of every layer."""
     stops: tuple[int, ...] = ()
     """Lengths (in tokens of this call) after which each layer's state is wanted; the last is the whole length."""
@@ -53,6 +55,10 @@ class Call:
     """Filled in: layers whose writes a function on hook_write may have replaced by matrices."""
     stepped_layers: list[int] = field(default_factory=list)
     """Filled in: layers whose states a function on hook_state may have replaced."""
+
+    def edits_of(self, layer: int, *stages: Stage) -> list[Any]:
+        """The edits of a layer that act in these stages, in the order given."""
+        return [edit for edit in self.edits if edit.layer == layer and edit.stage in stages]
 
 
 class RecurrentMixer(nn.Module, ABC):
@@ -112,7 +118,7 @@ class RecurrentMixer(nn.Module, ABC):
 
     def _hook_factors(self, native: Factors, call: Call) -> tuple[Factors, Tensor | None]:
         """Edit and hook the six roles; also the write matrices, if a function may have changed them."""
-        edits = [edit for edit in call.edits if edit.layer == self.layer]
+        edits = call.edits_of(self.layer, "write")
         factors, added = apply_edits(native, edits, call.clock.positions) if edits else (native, None)
         untied = added is not None or self.hook_write_key.may_edit
         if self.erases:
@@ -147,13 +153,22 @@ class RecurrentMixer(nn.Module, ABC):
         """Scan stretch by stretch between the stops; returns the read and the matrix at every stop."""
         seen: list[Tensor] = []
         on_state = self._state_hook(call, seen) if self.hook_state.in_use else None
+        edits, positions = call.edits_of(self.layer, "state", "carried"), call.clock.positions
         reads, matrices, start = [], [], 0
         for stop in call.stops:
             if stop > start:
                 stretch = slice(start, stop)
                 hook = None if on_state is None else (lambda s, index, first=start: on_state(s, first + index))
                 dense = None if writes is None else writes[:, stretch]
-                read, matrix = scan(factors.at(stretch), matrix, writes=dense, on_state=hook, backend=call.backend)
+                read, _, matrix = edited_scan(
+                    factors.at(stretch),
+                    matrix,
+                    edits,
+                    positions[stretch],
+                    writes=dense,
+                    on_state=hook,
+                    backend=call.backend,
+                )
                 reads.append(read)
             elif matrix is None:
                 matrix = factors.zero_state()
