@@ -99,9 +99,7 @@ class ActivationEdit(Edit):
         if len(here) == 0:
             return
         if self.head is not None and not 0 <= self.head < tensor.shape[2]:
-            raise IndexError(
-                f"head {self.head} is out of range: {self.hook} has heads 0 to {tensor.shape[2] - 1}"
-            )
+            raise IndexError(f"head {self.head} is out of range: {self.hook} has heads 0 to {tensor.shape[2] - 1}")
         rows = self.rows(tensor.shape[0])
         heads = () if self.head is None else (self.head,)
         site = (rows[:, None], here[None], *heads)

@@ -93,7 +93,9 @@ class Edit:
         except (RuntimeError, IndexError):
             came = tuple(getattr(self, name).shape)
             expected = f"({', '.join(map(str, (rows, 'positions', *tail)))})"
-            raise ValueError(f"the {name} of the edit at {self.where} has shape {came}, which is not {expected}") from None
+            raise ValueError(
+                f"the {name} of the edit at {self.where} has shape {came}, which is not {expected}"
+            ) from None
 
     def _check_choice(self, name: str, choices: Any) -> None:
         given = getattr(self, name)

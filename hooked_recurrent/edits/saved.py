@@ -73,12 +73,12 @@ def _edit(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Edi
     if kind not in KINDS or not isinstance(known, dict):
         raise ValueError(f"edit {index} of {path} is of an unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
     mine = [name for name in tensors if name.startswith(f"{index}.")]
-    given = {name: slice(*value) if isinstance(value, list) else value for name, value in known.items()}
-    given |= {name.partition(".")[2]: tensors.pop(name) for name in mine}
+    given = known | {name.partition(".")[2]: tensors.pop(name) for name in mine}
     unknown = set(given) - {f.name for f in fields(KINDS[kind])}
     if unknown:
         raise ValueError(f"edit {index} of {path} is a {kind} with an unknown field {min(unknown)!r}")
     try:
+        given = {name: slice(*value) if isinstance(value, list) else value for name, value in given.items()}
         return KINDS[kind](**given)
     except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"edit {index} of {path} is no {kind}: {error}") from None
