@@ -2,7 +2,7 @@
 
 from hooked_recurrent.cache import RecurrentCache
 from hooked_recurrent.config import AttentionConfig, MixerConfig, ModelConfig
-from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.edits import ActivationEdit, StateEdit, WriteEdit, load_edits, save_edits
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import reads_only
 from hooked_recurrent.mixers.delta_net import DeltaNetConfig
@@ -16,6 +16,7 @@ from hooked_recurrent.state import LayerState, RecurrentState
 
 __version__ = "0.1.0"
 __all__ = [
+    "ActivationEdit",
     "AttentionConfig",
     "DeltaNetConfig",
     "Factors",
@@ -30,6 +31,9 @@ __all__ = [
     "RWKV7Config",
     "RecurrentCache",
     "RecurrentState",
+    "StateEdit",
     "WriteEdit",
+    "load_edits",
     "reads_only",
+    "save_edits",
 ]

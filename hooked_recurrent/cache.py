@@ -1,6 +1,7 @@
 """What run_with_cache returns: transformer_lens's ActivationCache, which also gives single writes and states on demand."""
 
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformer_lens.utilities import Slice
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.residual import ResidualTools
 from hooked_recurrent.saving import Kept
-from hooked_recurrent.scan.dispatch import scan
+from hooked_recurrent.scan.edited import edited_scan
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.write_gradients import WriteGradientMixin
 
@@ -35,6 +36,13 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
         self.added_writes: dict[int, Factors] = call.added_writes
         self.dense_layers: frozenset[int] = frozenset(call.dense_layers)
         self.stepped_layers: frozenset[int] = frozenset(call.stepped_layers)
+        whole = torch.arange(kept.start, kept.start + kept.length)
+        held = [edit for edit in call.edits if edit.stage in ("state", "carried")]
+        self._state_edits = [edit for edit in held if len(edit.local(whole)[0])]
+
+    def state_edits(self, layer: int) -> list[Any]:
+        """The edits that changed states of this layer during the run: StateEdits, and WriteEdits with reading "cache"."""
+        return [edit for edit in self._state_edits if edit.layer == layer]
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -84,10 +92,14 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
             key, value = key[:, :, :, None], value[:, :, :, None]
         return FactoredMatrix(key[:, places][..., heads, :, :].mT, value[:, places][..., heads, :, :])
 
-    def state(self, layer: int, head: int | slice, pos: int | slice) -> Float[Tensor, "batch *pos_head d_k d_v"]:
-        """S_t, the state after the write at pos, recomputed from the factors for these heads only.
+    def state(
+        self, layer: int, head: int | slice, pos: int | slice, *, carried: bool = False
+    ) -> Float[Tensor, "batch *pos_head d_k d_v"]:
+        """S_t, the state after the write at pos that the query of pos read, recomputed from the factors for these heads only.
 
-        head and pos are those of `write`. All positions of the call up to the last of them must have been kept.
+        head and pos are those of `write`. All positions of the call up to the last of them must have been kept. With
+        `carried` it is the state that the next position started from: the same one, unless an edit with reading "cache"
+        changed it after the read.
         """
         factors = self.factors(layer)
         heads, places = self.kept.places("head", head), self.kept.places("position", pos)
@@ -100,12 +112,16 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
         factors = factors.map(lambda tensor: tensor[:, :, some])
         initial = None if self.initial_state is None else self.initial_state.layers[layer].matrix
         numbers = [self.heads[place] for place in some]
+        edits = [replace(e, head=numbers.index(e.head)) for e in self.state_edits(layer) if e.head in numbers]
         matrix = None if initial is None else initial.detach().to(factors.query.device)[:, numbers]
         states: dict[int, Any] = {}
         start = 0
         for index in sorted(wanted):
-            _, matrix = scan(factors.at(slice(start, index + 1)), matrix)
-            states[index], start = matrix, index + 1
+            stretch = slice(start, index + 1)
+            positions = torch.arange(start, index + 1) + self.kept.start
+            with torch.no_grad():  # the roles are kept without a graph; so are the edits' own tensors
+                _, seen, matrix = edited_scan(factors.at(stretch), matrix, edits, positions)
+            states[index], start = matrix if carried else seen, index + 1
         if isinstance(pos, int):
             out = states[wanted[0]]
             return out[:, 0] if isinstance(head, int) else out

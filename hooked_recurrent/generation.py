@@ -14,7 +14,7 @@ from jaxtyping import Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.edits import Edit
 from hooked_recurrent.sampling import Sampling
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.text import TextPieces
@@ -38,7 +38,7 @@ class _Run:
     stops: Tensor | None
     """Tokens that end a row."""
     fwd_hooks: list
-    edits: tuple[WriteEdit, ...]
+    edits: tuple[Edit, ...]
     verbose: bool
     as_text: bool
     added_bos: int
@@ -98,7 +98,7 @@ class GenerationMixin:
         prepend_bos: bool | None = None,
         state: RecurrentState | None = None,
         fwd_hooks: list[tuple[str | Callable[[str], bool], Callable]] | None = None,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
         return_type: str = "input",
         return_state: bool = False,
         verbose: bool = False,
@@ -152,7 +152,7 @@ class GenerationMixin:
         prepend_bos: bool | None = None,
         state: RecurrentState | None = None,
         fwd_hooks: list[tuple[str | Callable[[str], bool], Callable]] | None = None,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
         return_type: str = "input",
         verbose: bool = False,
     ) -> Iterator[Any]:
@@ -191,7 +191,7 @@ class GenerationMixin:
         prepend_bos: bool | None,
         state: RecurrentState | None,
         fwd_hooks: list | None,
-        edits: Iterable[WriteEdit],
+        edits: Iterable[Edit],
         return_type: str,
         verbose: bool,
     ) -> _Run:
@@ -208,7 +208,7 @@ class GenerationMixin:
             self._need_tokenizer()
         end = (0 if state is None else state.position) + tokens.shape[1] + max_new_tokens
         for edit in edits:
-            edit.check(self.cfg, end)
+            edit.check(self, end)
         hooks = [(self.checked_hook_name(name), function) for name, function in fwd_hooks or []]
         bos = getattr(self.tokenizer, "bos_token_id", None) if is_text else None
         return _Run(

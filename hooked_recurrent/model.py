@@ -3,7 +3,7 @@
     logits = model(tokens)                                        [batch, pos, d_vocab]
     logits, state = model(tokens, return_state=True)              and model(more, state=state) goes on from there
     logits, cache = model.run_with_cache(tokens)
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, function)], edits=[WriteEdit(...)])
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, function)], edits=[WriteEdit(...)])  also StateEdit, ActivationEdit
     out = model.generate(tokens, max_new_tokens=20, fwd_hooks=[...], edits=[...])
 
 Step equivalence: for any edits, and any hook functions of absolute positions, one call, any split into calls that pass the
@@ -23,7 +23,7 @@ from hooked_recurrent.caching import CachingMixin
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.directions import DirectionsMixin, TiedUnembed
-from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.edits import Edit, attached
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
@@ -121,7 +121,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         *,
         state: RecurrentState | None = None,
         return_state: bool = False,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
         loss_per_token: bool = False,
         backend: str = "auto",
         stop_at_layer: int | None = None,
@@ -135,8 +135,8 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
                 loss_per_token), "both" as a tuple, or None.
             state: where to go on from; None starts afresh.
             return_state: return (output, state after the last token).
-            edits: changes to single writes, at absolute positions. With `state` or `return_state`, positions outside this
-                call are left to the other calls; without, they are an error.
+            edits: changes to writes, states or activations, at absolute positions. With `state` or `return_state`, positions
+                outside this call are left to the other calls; without, they are an error.
             backend: which scan, "auto", "step" or "chunked".
             stop_at_layer: run the blocks below this one only and return the residual stream [batch, pos, d_model] that it
                 would read (hook_resid_post of the one below; for 0, hook_embed). Negative ones count from the end; the
@@ -177,7 +177,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         positions: Iterable[int],
         *,
         state: RecurrentState | None = None,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
     ) -> dict[int, RecurrentState]:
         """States taken on the way through one forward pass: for each absolute position p, the state that reads token p next.
 
@@ -204,7 +204,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         self,
         tokens: Tensor,
         state: RecurrentState | None,
-        edits: tuple[WriteEdit, ...],
+        edits: tuple[Edit, ...],
         stops: tuple[int, ...],
         backend: str,
         whole_text: bool,
@@ -218,9 +218,9 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             state = RecurrentState(tuple(LayerState() for _ in self.blocks))
         check_state(state, list(self.blocks), tokens.shape[0])
         for edit in edits:
-            edit.check(self.cfg, tokens.shape[1] if whole_text else None)
+            edit.check(self, tokens.shape[1] if whole_text else None)
         call = Call(self.clock, edits, stops, backend=backend)
-        with self.clock.running(state.position, tokens.shape[1]):
+        with self.clock.running(state.position, tokens.shape[1]), attached(self, edits):
             resid = self.embed(tokens)
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
             if self.cfg.residual_in_fp32:
@@ -252,7 +252,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         *,
         rows: int | None = None,
         shared: Mapping[str, Tensor] | None = None,
-        edits: Iterable[WriteEdit] = (),
+        edits: Iterable[Edit] = (),
         at: Int[Tensor, "rows some"] | None = None,
         backend: str = "auto",
     ) -> Float[Tensor, "rows some d_vocab"]:
@@ -263,7 +263,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             resid: what its hook_resid_pre shows at these positions.
             state: the state before them; what it holds of the layers below is not looked at.
             rows: run the one row of `resid` and `state` this many times side by side, each with the edits of its row (counted
-                in `WriteEdit.batch`). Nothing that rows share is copied, and what the entering layer does before its writes
+                in its `batch`). Nothing that rows share is copied, and what the entering layer does before its writes
                 is done once, unless a function is attached to that layer's hooks.
             shared: what earlier layers leave for later ones at these positions (`model.last_call.shared` of a plain pass).
             edits: as in `forward`, none of them below `layer`.
@@ -276,21 +276,20 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             raise IndexError(f"layer {layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
         checked = check_edits(edits)
         for edit in checked:
-            edit.check(self.cfg, None)
-            if edit.layer < layer:
+            edit.check(self, None)
+            if edit.below(layer):
                 raise ValueError(f"the edit at {edit.where} lies below layer {layer}, where this run enters")
         below = (LayerState(),) * layer
         state = RecurrentState((*below, *state.layers[layer:]), state.position)
         check_state(state, list(self.blocks), resid.shape[0])
+        if rows is not None and resid.shape[0] != 1:
+            raise ValueError(f"rows fans out a single row, got a batch of {resid.shape[0]}")
         call = Call(self.clock, checked, backend=backend, shared=dict(shared or {}))
-        if rows is not None:
-            if resid.shape[0] != 1:
-                raise ValueError(f"rows fans out a single row, got a batch of {resid.shape[0]}")
-            if self.blocks[layer].can_fan_out:
+        with self.clock.running(state.position, resid.shape[1]), attached(self, checked):
+            if rows is not None and self.blocks[layer].can_fan_out:
                 call.rows = rows
-            else:
+            elif rows is not None:
                 resid = resid.expand(rows, -1, -1)
-        with self.clock.running(state.position, resid.shape[1]):
             final, _ = self._through(resid, state, call, layer)
         if at is not None:
             final = final.gather(1, at.to(final.device)[:, :, None].expand(-1, -1, final.shape[2]))

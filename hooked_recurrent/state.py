@@ -5,18 +5,15 @@ ones too, so that a state can be kept, branched and reused freely.
 """
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_recurrent.files import sync
+from hooked_recurrent.files import save_tensors
 
 FORMAT = "hooked_recurrent.state.v1"
 
@@ -135,19 +132,13 @@ class RecurrentState:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically."""
-        path = Path(path)
         tensors = {
-            f"layers.{index}.{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+            f"layers.{index}.{name}": tensor
             for index, layer in enumerate(self.layers)
             for name, tensor in layer.tensors().items()
         }
         about = {"format": FORMAT, "position": str(self.position), "n_layers": str(len(self.layers))}
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            part = Path(scratch) / path.name
-            save_file(tensors, part, metadata={"state": json.dumps(about)})
-            sync(part)
-            os.replace(part, path)
-        return path
+        return save_tensors(Path(path), tensors, {"state": json.dumps(about)})
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> "RecurrentState":

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent.block import Block
-from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.edits import Edit
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
 from hooked_recurrent.state import RecurrentState
 
@@ -52,21 +52,21 @@ def check_state(state: Any, blocks: Sequence[Block], batch: int) -> None:
                 raise ValueError(f"{name} of layer {layer} of the state has shape {shape}, this layer's is {expected}")
 
 
-def check_edits(edits: Any) -> tuple[WriteEdit, ...]:
-    """Any iterable of WriteEdits, as a tuple; anything else is one clear error."""
-    if isinstance(edits, WriteEdit):
-        raise TypeError("edits must be several, got a single WriteEdit: put it into a list")
+def check_edits(edits: Any) -> tuple[Edit, ...]:
+    """Any iterable of edits, as a tuple; anything else is one clear error."""
+    if isinstance(edits, Edit):
+        raise TypeError(f"edits must be several, got a single {type(edits).__name__}: put it into a list")
     edits = tuple(edits)
     for edit in edits:
-        if not isinstance(edit, WriteEdit):
-            raise TypeError(f"edits must be WriteEdits, got {type(edit).__name__}")
+        if not isinstance(edit, Edit):
+            raise TypeError(f"edits must be WriteEdits, StateEdits or ActivationEdits, got {type(edit).__name__}")
     return edits
 
 
 def check_stop(
     stop_at_layer: int,
     n_layers: int,
-    edits: tuple[WriteEdit, ...] = (),
+    edits: tuple[Edit, ...] = (),
     return_type: str | None = "logits",
     return_state: bool = False,
 ) -> int:
@@ -93,7 +93,7 @@ def check_finite(
     logits: Tensor,
     tokens: Tensor,
     state: RecurrentState | None,
-    edits: tuple[WriteEdit, ...],
+    edits: tuple[Edit, ...],
 ) -> None:
     """Raise if the logits hold NaN or Inf, naming the first hook and position that did.
 

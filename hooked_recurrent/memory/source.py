@@ -81,6 +81,8 @@ def _cached_factors(cache: RecurrentCache, layer: int) -> Factors:
     _kept_names(cache, layer, ROLES)
     if layer in cache.stepped_layers:
         raise ValueError(f"a function on blocks.{layer}.mixer.hook_state changed states, so no factors tell its memory")
+    for edit in cache.state_edits(layer):
+        raise ValueError(f"{edit} changed states of layer {layer}, so no factors tell its memory")
     if not cache.kept.begins:
         raise ValueError(
             "a memory takes every position from the first one of the run on, and this cache left some out: "

@@ -13,8 +13,10 @@ Hooks of `blocks.{l}.mixer`, in firing order (a rule adds its upstream ones, hoo
     hook_read          o_t = S_t^T q_t                    [batch, pos, head, d_v]
     hook_z             just before W_O                    [batch, pos, head, d_v]
 
-A `WriteEdit` acts before hook_write_key and hook_write_value fire, so they show what is written. A function on hook_state
-that may edit is called token by token, and what it returns is carried on; one marked `reads_only` gets all tokens at once.
+A `WriteEdit` acts before hook_write_key and hook_write_value fire, so they show what is written; a `StateEdit` acts before
+hook_state fires. With reading "cache" both act after hook_read, so that these hooks show what is native. A function on
+hook_state that may edit is called token by token, and what it returns is carried on; one marked `reads_only` gets all
+tokens at once.
 """
 
 from abc import ABC, abstractmethod
@@ -27,10 +29,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hooked_recurrent.config import MixerConfig
-from hooked_recurrent.edits import WriteEdit, apply_edits
+from hooked_recurrent.edits import Edit, Stage, apply_edits
 from hooked_recurrent.factors import Factors, Read
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
 from hooked_recurrent.scan.dispatch import scan
+from hooked_recurrent.scan.edited import edited_scan
 from hooked_recurrent.state import LayerState, Shapes
 
 
@@ -40,7 +43,7 @@ class Call:
 
     clock: Clock
     """The absolute positions of the call."""
-    edits: tuple[WriteEdit, ...] = ()
+    edits: tuple[Edit, ...] = ()
     """Edits of every layer."""
     stops: tuple[int, ...] = ()
     """Lengths (in tokens of this call) after which each layer's state is wanted; none where no state is."""
@@ -56,6 +59,10 @@ class Call:
     """Filled in: layers whose writes a function on hook_write may have replaced by matrices."""
     stepped_layers: list[int] = field(default_factory=list)
     """Filled in: layers whose states a function on hook_state may have replaced."""
+
+    def edits_of(self, layer: int, *stages: Stage) -> list[Any]:
+        """The edits of a layer that act in these stages, in the order given."""
+        return [edit for edit in self.edits if edit.layer == layer and edit.stage in stages]
 
 
 class RecurrentMixer(nn.Module, ABC):
@@ -122,21 +129,24 @@ class RecurrentMixer(nn.Module, ABC):
     def _fanned_out(self, native: Factors, matrix: Tensor | None, call: Call) -> Read:
         """What the rows of a fan read: one row's reads for all, but in the heads that are edited."""
         read, _ = scan(native, matrix, backend=call.backend, want_state=False)
-        heads = sorted({edit.head for edit in call.edits if edit.layer == self.layer})
+        on_writes, on_states = call.edits_of(self.layer, "write"), call.edits_of(self.layer, "state", "carried")
+        heads = sorted({edit.head for edit in (*on_writes, *on_states)})
         read = read.expand(call.rows, *read.shape[1:])
         if not heads:
             return read
         read = read.clone()
         factors = native.map(lambda tensor: tensor[:, :, heads].expand(call.rows, *tensor[:, :, heads].shape[1:]))
-        edits = [replace(e, head=heads.index(e.head)) for e in call.edits if e.layer == self.layer]
-        factors, added = apply_edits(factors, edits, call.clock.positions)
+        on_writes, on_states = ([replace(e, head=heads.index(e.head)) for e in edits] for edits in (on_writes, on_states))
+        factors, added = apply_edits(factors, on_writes, call.clock.positions)
         before = None if matrix is None else matrix[:, heads]
-        read[:, :, heads], _ = scan(factors.with_terms(added), before, backend=call.backend, want_state=False)
+        factors, positions = factors.with_terms(added), call.clock.positions
+        edited = edited_scan(factors, before, on_states, positions, backend=call.backend, want_state=False)
+        read[:, :, heads] = edited.read
         return read
 
     def _hook_factors(self, native: Factors, call: Call) -> tuple[Factors, Tensor | None]:
         """Edit and hook the six roles; also the write matrices, if a function may have changed them."""
-        edits = [edit for edit in call.edits if edit.layer == self.layer]
+        edits = call.edits_of(self.layer, "write")
         factors, added = apply_edits(native, edits, call.clock.positions) if edits else (native, None)
         untied = added is not None or self.hook_write_key.may_edit
         if self.erases:
@@ -169,6 +179,7 @@ class RecurrentMixer(nn.Module, ABC):
         """Scan stretch by stretch between the stops; returns the read and the matrix at every stop, the last one included."""
         seen: list[Tensor] = []
         on_state = self._state_hook(call, seen) if self.hook_state.in_use else None
+        edits, positions = call.edits_of(self.layer, "state", "carried"), call.clock.positions
         reads, matrices, start = [], [], 0
         for stop in dict.fromkeys([*call.stops, factors.length]):
             wanted = stop in call.stops
@@ -176,9 +187,11 @@ class RecurrentMixer(nn.Module, ABC):
                 stretch = slice(start, stop)
                 hook = None if on_state is None else (lambda s, index, first=start: on_state(s, first + index))
                 dense = None if writes is None else writes[:, stretch]
-                read, matrix = scan(
+                read, _, matrix = edited_scan(
                     factors.at(stretch),
                     matrix,
+                    edits,
+                    positions[stretch],
                     writes=dense,
                     on_state=hook,
                     backend=call.backend,

@@ -1,6 +1,6 @@
 """Thousands of edits, each at the price of what it changes: the layers above it, from its position on.
 
-A write edit at (layer l, position t) leaves everything below l and before t as it was. So one plain pass over a text keeps the
+An edit at (layer l, position t) leaves everything below l and before t as it was. So one plain pass over a text keeps the
 inputs of the edited layers and the states before the edited positions; every edit then is a run that enters at layer l with
 the state at t. Edits of one layer run side by side in a batch that shares this state, those of neighbouring positions too
 where that costs less than running them by themselves. Nothing is approximated: the logits are those of a full pass with the
@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_recurrent.edits import WriteEdit
+from hooked_recurrent.edits import Edit, WriteEdit
 from hooked_recurrent.hooks import reads_only
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.state import RecurrentState
 
-Intervention = tuple[WriteEdit, ...]
+Intervention = tuple[Edit, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ SLACK = 0.25
 def run_edits(
     model: HookedRecurrentModel,
     tokens: Int[Tensor, "row pos"],
-    interventions: Sequence[WriteEdit | Sequence[WriteEdit]],
+    interventions: Sequence[Edit | Sequence[Edit]],
     *,
     horizon: int | None = 1,
     memory: int = 2**30,
@@ -116,7 +116,7 @@ def run_edits(
     Args:
         model: any HookedRecurrentModel; hooks attached to it fire, with the positions of what runs.
         tokens: the texts [row, pos].
-        interventions: an edit, or several that act together. `WriteEdit.batch` says which row of `tokens` it changes (an int;
+        interventions: an edit of any kind, or several that act together. `batch` says which row of `tokens` it changes (an int;
             None only where there is one row).
         horizon: how many positions after an intervention's first one are wanted: 0 for the logits at t, 1 for t and t + 1, None
             for the whole rest of the text.
@@ -131,7 +131,7 @@ def run_edits(
 
     Raises:
         ValueError, IndexError: before anything runs, for an intervention without edits, one whose rows differ or are missing,
-            or a site that does not exist or lies behind the horizon.
+            a hook outside the blocks, or a site that does not exist or lies behind the horizon.
     """
     if horizon is not None and horizon < 0:
         raise ValueError(f"horizon must be at least 0, got {horizon}")
@@ -147,26 +147,29 @@ def run_edits(
 
 
 def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object, horizon: int | None) -> _Job:
-    edits: Intervention = (given,) if isinstance(given, WriteEdit) else tuple(given)  # type: ignore[arg-type]
+    edits: Intervention = (given,) if isinstance(given, Edit) else tuple(given)  # type: ignore[arg-type]
     if not edits:
         raise ValueError(f"intervention {index} has no edits")
     rows = {0 if edit.batch is None and len(tokens) == 1 else edit.batch for edit in edits}
     row = rows.pop()
     if rows or not isinstance(row, int):
         raise ValueError(
-            f"intervention {index} must name one row of the {len(tokens)} texts: give WriteEdit.batch an int"
+            f"intervention {index} must name one row of the {len(tokens)} texts: give the edit's batch an int"
         )
     if not 0 <= row < len(tokens):
         raise IndexError(f"row {row} of intervention {index} is out of range: there are {len(tokens)} texts")
     everywhere = torch.arange(tokens.shape[1])
     hit = [edit.local(everywhere)[0] for edit in edits]
     for edit in edits:
-        edit.check(model.cfg, tokens.shape[1])
+        edit.check(model, tokens.shape[1])
+        if edit.layer is None:
+            raise ValueError(f"intervention {index} edits {edit.where}, outside the blocks: a fork enters at a block")
     places = torch.cat([everywhere[places] for places in hit])
     first, last = int(places.min()), int(places.max())
     if horizon is not None and last > first + horizon:
         raise ValueError(f"intervention {index} edits position {last}, behind its horizon {first} + {horizon}")
-    return _Job(index, tuple(replace(edit, batch=None) for edit in edits), row, min(e.layer for e in edits), first)
+    layer = min(edit.layer for edit in edits if edit.layer is not None)
+    return _Job(index, tuple(replace(edit, batch=None) for edit in edits), row, layer, first)
 
 
 @dataclass(frozen=True)
@@ -275,18 +278,20 @@ class _Plan:
                 yield Fork(job.index, job.row, job.position, made[:length])
 
 
-def _merged(slot: Sequence[WriteEdit | None]) -> Iterator[WriteEdit]:
-    """The edits of a batch, one per row at most, with those of the same site and kind as one: each edit costs a copy."""
+def _merged(slot: Sequence[Edit | None]) -> Iterator[Edit]:
+    """The edits of a batch, one per row at most; write edits of the same site and kind as one: each of them costs a copy."""
     alike: dict[tuple, list[int]] = {}
     for row, edit in enumerate(slot):
         if edit is not None:
-            vectors = isinstance(edit.position, int) and (edit.key is None or edit.key.ndim == edit.value.ndim == 1)  # type: ignore[union-attr]
-            kind = (edit.layer, edit.head, edit.position, edit.op, edit.form, edit.scale) if vectors else (row,)
+            kind: tuple = (row,)
+            if isinstance(edit, WriteEdit) and isinstance(edit.position, int):
+                if edit.key is None or edit.key.ndim == edit.value.ndim == 1:  # type: ignore[union-attr]
+                    kind = (edit.layer, edit.head, edit.position, edit.op, edit.form, edit.scale, edit.reading)
             alike.setdefault(kind, []).append(row)
     for rows in alike.values():
         first, several = slot[rows[0]], [slot[row] for row in rows]
         assert first is not None
-        if first.key is None or len(rows) == 1:
+        if len(rows) == 1 or first.key is None:  # type: ignore[attr-defined]
             yield replace(first, batch=torch.tensor(rows))
             continue
         key, value = (torch.stack([getattr(edit, side) for edit in several])[:, None] for side in ("key", "value"))

@@ -239,7 +239,7 @@ def test_an_empty_state_and_shared_tensors_can_be_saved(tmp_path, state):
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_scraps(tmp_path, monkeypatch, state):
-    from hooked_recurrent import state as module
+    from hooked_recurrent import files as module
 
     path = state.save(tmp_path / "state")
     before = path.read_bytes()

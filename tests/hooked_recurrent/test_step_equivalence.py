@@ -1,28 +1,22 @@
 """The law of the abstraction: one call, any split into calls, and token by token give the same, edited in any way.
 
-Hook functions and edits are random functions of absolute positions. Logits, every cached activation and the final state
-are compared in float64.
+Hook functions and edits, of all three kinds, are random functions of absolute positions. Logits, every cached activation and
+the final state are compared in float64.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooked_recurrent import WriteEdit
-from tests.hooked_recurrent.models import HYBRID, RULES, distance, over_stacks, tiny_model, tokens_of
+from tests.hooked_recurrent.edits.draws import BATCH, LENGTH, any_edits, model_of
+from tests.hooked_recurrent.models import HYBRID, RULES, distance, over_stacks, tokens_of
 
-LENGTH, BATCH = 11, 2
 TOLERANCE = 1e-9
 # Hooks of values whose sign the recurrence or the softmax counts on (or that are -inf by design): scaled, never shifted.
 SIGNED = ("hook_beta", "hook_dt", "hook_scale", "hook_attn_scores", "hook_pattern")
-
-
-@lru_cache
-def model_of(layer_types, seed):
-    return tiny_model(layer_types, seed=seed).requires_grad_(False)
 
 
 def by_position(tensor, hook, *, seed, in_place=False):
@@ -44,41 +38,6 @@ def by_position(tensor, hook, *, seed, in_place=False):
         tensor.mul_(scale).add_(shift)
         return None
     return tensor * scale + shift
-
-
-@st.composite
-def write_edits(draw, cfg):
-    """A random WriteEdit of a model with this config over LENGTH positions and BATCH rows."""
-    op = draw(st.sampled_from(["replace", "add", "delete", "scale"]))
-    form = draw(st.sampled_from(["additive", "net"])) if op in ("replace", "delete") else "additive"
-    where = draw(st.sampled_from(["int", "slice", "stride", "open", "tensor"]))
-    first, last = sorted((draw(st.integers(0, LENGTH - 1)), draw(st.integers(0, LENGTH - 1))))
-    position = {
-        "int": first,
-        "slice": slice(first, last + 1),
-        "stride": slice(first, last + 1, 2),
-        "open": slice(first, None),
-        "tensor": torch.tensor(draw(st.lists(st.integers(0, LENGTH - 1), min_size=1, max_size=4, unique=True))),
-    }[where]
-    count = 1 if where == "int" else len(torch.arange(LENGTH)[position])
-    rows = draw(st.sampled_from([None, 0, 1, torch.tensor([1, 0])]))
-    n_rows = 1 if isinstance(rows, int) else BATCH
-    sides = {}
-    if op in ("replace", "add"):
-        lead = draw(st.sampled_from([(), (count,), (1, count), (n_rows, 1), (n_rows, count)]))
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
-        for name, width in (("key", cfg.d_k), ("value", cfg.d_v)):
-            sides[name] = torch.randn(*lead, width, generator=generator, dtype=torch.float64)
-    return WriteEdit(
-        draw(st.sampled_from(cfg.recurrent_layers)),
-        draw(st.integers(0, cfg.n_heads - 1)),
-        position,
-        op,
-        scale=draw(st.sampled_from([0.0, -0.5, 2.0])) if op == "scale" else None,
-        batch=rows,
-        form=form,
-        **sides,
-    )
 
 
 def run_in_pieces(model, tokens, sizes, *, fwd_hooks, edits, names_filter=None, state=None):
@@ -128,7 +87,7 @@ def scenarios(draw, layer_types, max_hooks=5):
     chosen = draw(st.lists(st.sampled_from(names), max_size=max_hooks, unique=True))
     in_place = draw(st.booleans())
     hooks = [(name, partial(by_position, seed=seed, in_place=in_place)) for seed, name in enumerate(chosen)]
-    edits = draw(st.lists(write_edits(model.cfg), max_size=3))
+    edits = draw(st.lists(any_edits(model), max_size=4))
     cuts = sorted(draw(st.sets(st.integers(1, LENGTH - 1), max_size=4)))
     sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, LENGTH], strict=True)]
     everything = draw(st.booleans())

@@ -88,7 +88,7 @@ def test_states_that_do_not_fit(model, as_users_run):
 
 
 def test_edits_that_are_none(model, as_users_run):
-    with pytest.raises(TypeError, match="edits must be WriteEdits, got dict"):
+    with pytest.raises(TypeError, match="edits must be WriteEdits, StateEdits or ActivationEdits, got dict"):
         model(TOKENS, edits=[{"layer": 0}])
     with pytest.raises(TypeError, match="edits must be several, got a single WriteEdit: put it into a list"):
         model(TOKENS, edits=WriteEdit(0, 0, 0, "delete"))
