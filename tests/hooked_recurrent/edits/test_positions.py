@@ -1,0 +1,33 @@
+"""One value per position: each call takes those of its own positions, in whatever order an edit names them."""
+
+import pytest
+import torch
+
+from hooked_recurrent import ActivationEdit, StateEdit, WriteEdit
+from tests.hooked_recurrent.edits.draws import READINGS, model_of, random_tensor
+from tests.hooked_recurrent.models import distance, over_stacks, tokens_of
+
+
+@over_stacks
+@pytest.mark.parametrize("position", [slice(2, 11, 2), slice(7, None), torch.tensor([9, 2, 7, 11, 3])], ids=str)
+def test_every_call_takes_the_values_of_its_positions(layer_types, position):
+    model = model_of(layer_types)
+    tokens = tokens_of(model)
+    edits = [ActivationEdit("blocks.0.mixer.hook_z", position, random_tensor(2, 5, 5), head=1)]
+    for reading in READINGS:
+        edits.append(StateEdit(0, 1, position, matrix=random_tensor(5, 3, 5, seed=1), reading=reading))
+        key, value = random_tensor(5, 3, seed=2), random_tensor(2, 5, 5, seed=3)
+        edits.append(WriteEdit(0, 2, position, "add", key=key.expand(2, -1, -1), value=value, reading=reading))
+    for edit in edits:
+        where = torch.arange(12)[position].tolist()
+        tensors = [name for name in ("value", "matrix", "key") if getattr(edit, name, None) is not None]
+        at_one = []
+        for index, place in enumerate(where):
+            given = {name: getattr(edit, name) for name in tensors}
+            given = {name: t[:, [index]] if name != "matrix" else t[[index]] for name, t in given.items()}
+            at_one.append(type(edit)(**{**vars(edit), **given, "position": place}))
+        expected = model(tokens, edits=at_one)
+        assert distance(model(tokens, edits=[edit]), expected) <= 1e-9
+        first, state = model(tokens[:, :8], edits=[edit], return_state=True)
+        rest = model(tokens[:, 8:], state=state, edits=[edit])
+        assert distance(torch.cat([first, rest], dim=1), expected) <= 1e-9
