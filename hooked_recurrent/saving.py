@@ -29,7 +29,7 @@ def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | Non
     found = [first_name(name, names) for name in wanted]
     for name, known in zip(wanted, found, strict=True):
         if known is None:
-            raise KeyError(f"names_filter asks for {unknown_hook(name, names)}")
+            raise KeyError(f"names_filter: this run has {unknown_hook(name, names)}")
     return [name for name in names if name in set(found)]
 
 

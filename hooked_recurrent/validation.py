@@ -81,7 +81,7 @@ def check_stop(
             f"no state can be returned: layers {last} to {n_layers - 1} do not run with this stop_at_layer"
         )
     for edit in edits:
-        if edit.layer >= last:
+        if not edit.below(last):
             raise ValueError(
                 f"the edit at {edit.where} does not run: stop_at_layer={stop_at_layer} ends below layer {last}"
             )

@@ -121,7 +121,8 @@ def run_edits(
         horizon: how many positions after an intervention's first one are wanted: 0 for the logits at t, 1 for t and t + 1, None
             for the whole rest of the text.
         memory: about how many bytes the activations of one batch, and the kept states, may take each.
-        trunk: the kept pass of the one text in `tokens`, with the states of all edited positions; grown here when left out.
+        trunk: the kept pass of the one text in `tokens`; grown here when left out. States that it lacks are made anew, from
+            the last one before them.
         last_only: keep only the logits at the horizon's end, which saves most of the unembedding.
         done: indices to leave out, for instance because an earlier run measured them.
         on_progress: told (how many are done, how many there are) after every batch.
@@ -137,10 +138,12 @@ def run_edits(
         raise ValueError(f"horizon must be at least 0, got {horizon}")
     jobs = [_job(model, tokens, index, given, horizon) for index, given in enumerate(interventions)]
     if trunk is not None:
-        missing = {job.position for job in jobs} - set(trunk.states)
-        if len(tokens) != 1 or missing:
-            what = f"no state at {min(missing)}" if missing else f"one text, not {len(tokens)}"
-            raise ValueError(f"the trunk holds {what}")
+        earliest = min(trunk.states)
+        if len(tokens) != 1:
+            raise ValueError(f"the trunk holds one text, not {len(tokens)}")
+        for job in jobs:
+            if job.position < earliest:
+                raise ValueError(f"the trunk holds no state at or before {job.position}; its first is at {earliest}")
     in_order = sorted(jobs, key=lambda job: (job.row, job.position, job.index))
     plan = _Plan(model, tokens, horizon, memory, last_only, frozenset(done))
     return plan.run(in_order, trunk, on_progress)
@@ -213,10 +216,10 @@ class _Plan:
     ) -> Iterator[tuple[Mapping[int, RecurrentState], list[_Job]]]:
         """The states before some positions of a text, with the jobs there.
 
-        The trunk has the first one at least; those that it lacks are taken on the way on from there.
+        Those that the trunk lacks are taken on the way on from the last one that is there.
         """
         groups = [(position, list(here)) for position, here in groupby(jobs, key=lambda job: job.position)]
-        state = trunk.states[groups[0][0]]
+        state = trunk.states[max(position for position in trunk.states if position <= groups[0][0])]
         several = max(1, self.memory // max(1, _bytes(state)))
         for now in (groups[i : i + several] for i in range(0, len(groups), several)):
             taken, positions = trunk.states, [position for position, _ in now]

@@ -312,5 +312,5 @@ def test_bad_stops(options, error, words):
 
 def test_a_filter_that_names_a_hook_above_the_stop():
     model = model_of(HYBRID)
-    with pytest.raises(KeyError, match="'blocks.2.hook_resid_pre', which is no hook of this run"):
+    with pytest.raises(KeyError, match="this run has no hook 'blocks.2.hook_resid_pre'"):
         model.run_with_cache(tokens_of(model), names_filter="blocks.2.hook_resid_pre", stop_at_layer=2)

@@ -226,7 +226,7 @@ def test_names_that_are_none():
     ):
         cache["write", 0]
     with pytest.raises(
-        KeyError, match="names_filter asks for no hook 'blocks.0.attn.hook_rot_q': layer 0 is recurrent"
+        KeyError, match="this run has no hook 'blocks.0.attn.hook_rot_q': layer 0 is recurrent"
     ):
         model.run_with_cache(corrupted, names_filter="blocks.0.attn.hook_rot_q")
     with pytest.raises(KeyError, match="this model has no hook 'zzz'; model.hook_dict lists them all"):

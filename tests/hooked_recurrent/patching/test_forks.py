@@ -146,11 +146,11 @@ def test_a_kept_trunk_serves_many_calls(name, as_users_run):
     text = tokens_of(model, length=LENGTH)[:1]
     trunk = Trunk.grow(model, text, [3, 7])
     for layer in model.cfg.recurrent_layers:
-        edits = [WriteEdit(layer, 1, t, "delete") for t in (7, 3)]
+        edits = [WriteEdit(layer, 1, t, "delete") for t in (7, 3, 5, 9)]
         for fork in run_edits(model, text, edits, horizon=2, trunk=trunk):
             full = model.run_with_hooks(text, edits=[edits[fork.index]])[0, fork.position : fork.position + 3]
             assert distance(fork.logits, full) <= EXACT
-    with pytest.raises(ValueError, match="the trunk holds no state at 5"):
-        run_edits(model, text, [WriteEdit(0, 0, 5, "delete")], trunk=trunk)
+    with pytest.raises(ValueError, match="the trunk holds no state at or before 2; its first is at 3"):
+        run_edits(model, text, [WriteEdit(0, 0, 2, "delete")], trunk=trunk)
     with pytest.raises(ValueError, match="the trunk holds one text, not 2"):
         run_edits(model, text.repeat(2, 1), [WriteEdit(0, 0, 3, "delete", batch=0)], trunk=trunk)
