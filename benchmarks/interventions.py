@@ -100,7 +100,7 @@ class Forks:
     def __call__(self, keys: Tensor, values: Tensor, horizon: int | None) -> Tensor:
         """Logits [edit, d_vocab] of the last token of the horizon."""
         edits = [WriteEdit(LAYER, HEAD, T, key=key, value=value) for key, value in zip(keys, values, strict=True)]
-        forks = run_edits(self.model, self.tokens, edits, horizon=horizon, trunk=self.trunk)
+        forks = run_edits(self.model, self.tokens, edits, horizon=horizon, trunk=self.trunk, last_only=True)
         return torch.stack([fork.logits[-1] for fork in forks])
 
 

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_recurrent.config import ATTENTION, ModelConfig
-from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.factors import picked
+from hooked_recurrent.hooks import RecurrentHookPoint, in_use
 from hooked_recurrent.layers.attention import GatedAttention
 from hooked_recurrent.layers.mlp import make_mlp
 from hooked_recurrent.layers.norm import make_norm
@@ -48,9 +49,12 @@ class Block(nn.Module):
     @property
     def can_fan_out(self) -> bool:
         """Whether the mixer may read once for many rows: no function is attached that would miss their own activations."""
-        return self.recurrent and not any(
-            point.in_use for point in self.modules() if isinstance(point, RecurrentHookPoint)
-        )
+        return self.recurrent and not in_use(self)
+
+    @property
+    def can_pick(self) -> bool:
+        """Whether what follows the read may run at some positions alone: none looks at another, and no function at any."""
+        return not (in_use(self) or (self.mlp is not None and self.mlp.remembers()))
 
     def remembers(self) -> Shapes:
         """What the state of this layer holds."""
@@ -64,14 +68,16 @@ class Block(nn.Module):
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
-    ) -> tuple[Float[Tensor, "rows pos d_model"], list[LayerState]]:
-        """One block over the positions of a call, and its state after each of `call.stops`; see `Call.rows` for the rows."""
+    ) -> tuple[Float[Tensor, "rows some d_model"], list[LayerState]]:
+        """One block over the positions of a call, and its state after each of `call.stops`; see `Call.rows` and `Call.at`."""
         resid = self.hook_resid_pre(resid)
         normalized = self.ln1(resid)
         if self.recurrent:
             mixed, states = self.mixer(normalized, state, call)
         else:
             mixed, states = self.attn(normalized, state, call.clock.positions, call.stops)
+            mixed = mixed if call.at is None else picked(mixed, call.at)
+        resid = resid if call.at is None else picked(resid, call.at)
         resid = resid + self.hook_mixer_out(mixed)
         if self.mlp is not None and self.ln2 is not None:
             resid = self.hook_resid_mid(resid)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 State = Float[Tensor, "batch head d_k d_v"]
@@ -136,6 +136,14 @@ class Factors:
         batch, _, heads, d_k = self.query.shape
         dtype = state_dtype(self.query.dtype)
         return torch.zeros(batch, heads, d_k, self.d_v, dtype=dtype, device=self.query.device)
+
+
+def picked(
+    tensor: Float[Tensor, "batch_or_1 pos *rest"], at: Int[Tensor, "batch some"]
+) -> Float[Tensor, "batch some *rest"]:
+    """The entries at some positions of each row; one row may serve all."""
+    tensor = tensor.expand(len(at), *tensor.shape[1:])
+    return tensor[torch.arange(len(at), device=at.device)[:, None], at]
 
 
 def outer(

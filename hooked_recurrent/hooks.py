@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.hook_points import HookPoint
 
 
@@ -54,6 +55,11 @@ def promises_to_read(function: Callable) -> bool:
             return True
         function = function.func
     return getattr(function, "reads_only", False)
+
+
+def in_use(module: Module) -> bool:
+    """Whether anything is attached to a hook point of this module or of its parts."""
+    return any(point.in_use for point in module.modules() if isinstance(point, RecurrentHookPoint))
 
 
 class RecurrentHookPoint(HookPoint):

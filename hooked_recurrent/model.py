@@ -24,9 +24,9 @@ from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.directions import DirectionsMixin, TiedUnembed
 from hooked_recurrent.edits import Edit, attached
-from hooked_recurrent.factors import state_dtype
+from hooked_recurrent.factors import picked, state_dtype
 from hooked_recurrent.generation import GenerationMixin
-from hooked_recurrent.hooks import Clock, RecurrentHookPoint
+from hooked_recurrent.hooks import Clock, RecurrentHookPoint, in_use
 from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.names import first_name, unknown_hook
@@ -235,11 +235,21 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         return final, states
 
     def _through(
-        self, resid: Tensor, state: RecurrentState, call: Call, first: int, last: int | None = None
+        self,
+        resid: Tensor,
+        state: RecurrentState,
+        call: Call,
+        first: int,
+        last: int | None = None,
+        at: Int[Tensor, "rows some"] | None = None,
     ) -> tuple[Tensor, list[list[LayerState]]]:
-        """The blocks from `first` on (up to `last`, and then nothing more) and the last norm; and these blocks' states."""
+        """The blocks from `first` on (up to `last`, and then nothing more) and the last norm; and these blocks' states.
+
+        `at` says per row at which positions the last block and the last norm are asked for anything.
+        """
         per_layer = []
         for block, layer_state in zip(list(self.blocks)[first:last], state.layers[first:last], strict=True):
+            call.at = at if block is self.blocks[-1] else None
             resid, layer_states = block(resid, layer_state, call)
             per_layer.append(layer_states)
         return (self.ln_final(resid) if last is None else resid), per_layer
@@ -290,9 +300,10 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
                 call.rows = rows
             elif rows is not None:
                 resid = resid.expand(rows, -1, -1)
-            final, _ = self._through(resid, state, call, layer)
-        if at is not None:
-            final = final.gather(1, at.to(final.device)[:, :, None].expand(-1, -1, final.shape[2]))
+            early = at is not None and self.blocks[-1].can_pick and not in_use(self.ln_final)
+            final, _ = self._through(resid, state, call, layer, at=at if early else None)
+        if at is not None and not early:
+            final = picked(final, at)
         logits = nn.functional.linear(final, self.W_U.T)
         if not torch.isfinite(logits.detach().sum(dtype=torch.float64)):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import MISSING, Field, fields
 from typing import Any, ClassVar, Literal, get_args
 
@@ -63,6 +64,12 @@ class Edit:
     def below(self, layer: int) -> bool:
         """Whether it acts before this block runs, so that a run which enters there never meets it."""
         return self.layer is not None and self.layer < layer
+
+    def in_rows(self, batch: Rows) -> "Edit":
+        """The same edit of other rows; everything else was checked when it was made."""
+        other = copy(self)
+        object.__setattr__(other, "batch", batch)
+        return other
 
     def check(self, model: Any, end: int | None) -> None:
         """Raise if the site does not exist in this model, or lies at or after position `end` (None: anywhere)."""

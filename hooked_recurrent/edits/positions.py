@@ -17,6 +17,8 @@ def check_position(position: Position, site: str) -> None:
         if position.step is not None and position.step < 1:
             raise ValueError(f"a slice of positions must go forward, got step {position.step} at {site}")
         lowest = min(position.start or 0, position.stop or 0)
+    elif type(position) is int:  # thousands of edits are made of these: no tensor for each
+        lowest = position
     else:
         wanted = torch.as_tensor(position)
         if wanted.dtype in NO_INTEGERS:
@@ -34,11 +36,15 @@ def count(position: Position) -> int | None:
     """How many positions these are; None for a slice without an end."""
     if isinstance(position, slice):
         return None if position.stop is None else len(_range(position))
+    if type(position) is int:
+        return 1
     return torch.as_tensor(position).numel()
 
 
 def first(position: Position) -> int:
     """The lowest of them."""
+    if type(position) is int:
+        return position
     return position.start or 0 if isinstance(position, slice) else int(torch.as_tensor(position).min())
 
 
@@ -46,6 +52,8 @@ def last(position: Position) -> int | None:
     """The highest of them; None for a slice without an end."""
     if isinstance(position, slice):
         return None if position.stop is None else _range(position)[-1]
+    if type(position) is int:
+        return position
     return int(torch.as_tensor(position).max())
 
 

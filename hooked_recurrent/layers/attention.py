@@ -20,9 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_recurrent.config import AttentionConfig
+from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.norm import RMSNorm
 from hooked_recurrent.state import LayerState, Shapes
+
+# Up to as many new positions per row attend to a past that rows share without a copy of it for each; more are faster with one.
+FEW = 16
 
 
 class GatedAttention(nn.Module):
@@ -68,14 +72,23 @@ class GatedAttention(nn.Module):
         angles = rotary_angles(positions.to(x.device), cfg.rotary_dims, cfg.rope_theta)
         query = self.hook_rot_q(rotate(self.q_norm(query), angles))
         key = self.hook_rot_k(rotate(self.k_norm(key), angles))
-        past = 0
+        past, attended = 0, None
         if state.keys is not None and state.values is not None:
-            past, rows = state.keys.shape[1], (len(key), -1, -1, -1)  # one past may serve every row
-            key = torch.cat([state.keys.expand(rows), key], dim=1)
-            value = torch.cat([state.values.expand(rows), value], dim=1)
-        z = self.hook_z(self._attend(query, key, value, past) * gate.sigmoid())
+            if len(state.keys) < len(key) and key.shape[1] <= FEW and not (stops or self._shows_pattern):
+                attended = attend_to_shared(query, key, value, state.keys[0], state.values[0])
+            else:
+                past, rows = state.keys.shape[1], (len(key), -1, -1, -1)
+                key = torch.cat([state.keys.expand(rows), key], dim=1)
+                value = torch.cat([state.values.expand(rows), value], dim=1)
+        if attended is None:
+            attended = self._attend(query, key, value, past)
+        z = self.hook_z(attended * gate.sigmoid())
         states = [LayerState(keys=key[:, : past + stop], values=value[:, : past + stop]) for stop in stops]
         return self.out(z.flatten(2)), states
+
+    @property
+    def _shows_pattern(self) -> bool:
+        return self.hook_attn_scores.in_use or self.hook_pattern.in_use
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: int) -> Tensor:
         """softmax(q k / sqrt(d)) v; the pattern is only written out when someone asks for it."""
@@ -83,7 +96,7 @@ class GatedAttention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         length, total = query.shape[2], key.shape[2]
         visible = torch.ones(length, total, dtype=torch.bool, device=query.device).tril(past)
-        if not (self.hook_attn_scores.in_use or self.hook_pattern.in_use):
+        if not self._shows_pattern:
             mask = None if length == 1 else visible
             attended = nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, enable_gqa=group > 1
@@ -92,6 +105,25 @@ class GatedAttention(nn.Module):
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         scores = self.hook_attn_scores((query @ key.mT * self.cfg.d_head**-0.5).masked_fill(~visible, -torch.inf))
         return (self.hook_pattern(scores.softmax(-1)) @ value).transpose(1, 2)
+
+
+def attend_to_shared(
+    query: Float[Tensor, "batch pos head d_head"],
+    key: Float[Tensor, "batch pos kv_head d_head"],
+    value: Float[Tensor, "batch pos kv_head d_head"],
+    past_key: Float[Tensor, "past kv_head d_head"],
+    past_value: Float[Tensor, "past kv_head d_head"],
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Causal attention to the new positions of each row and to one past that all rows share, which is not copied."""
+    grouped = query.unflatten(2, (key.shape[2], -1)) * query.shape[-1] ** -0.5
+    to_past = torch.einsum("btkgd,pkd->bkgtp", grouped, past_key)
+    to_new = torch.einsum("btkgd,bskd->bkgts", grouped, key)
+    later = torch.ones(to_new.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+    scores = torch.cat([to_past, to_new.masked_fill(later, -torch.inf)], dim=-1)
+    pattern = scores.softmax(-1, dtype=state_dtype(scores.dtype)).to(value.dtype)
+    on_past, on_new = pattern.split([len(past_key), key.shape[1]], dim=-1)
+    read = torch.einsum("bkgtp,pkd->btkgd", on_past, past_value) + torch.einsum("bkgts,bskd->btkgd", on_new, value)
+    return read.flatten(2, 3)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             out = out + self.bias
         for tap in range(1, self.taps):
-            out = torch.addcmul(out, padded[:, tap : tap + length], self.weight[:, tap])
-        return nn.functional.silu(out), padded
+            out.addcmul_(padded[:, tap : tap + length], self.weight[:, tap])  # its backward needs no earlier sum
+        return nn.functional.silu(out, inplace=not torch.is_grad_enabled()), padded
 
     def tails(
         self, padded: Float[Tensor, "batch padded channel"], stops: tuple[int, ...]

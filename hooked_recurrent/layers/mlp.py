@@ -41,7 +41,9 @@ class SwiGLU(nn.Module):
     ) -> tuple[Float[Tensor, "batch pos d_model"], list[Tail]]:
         """The MLP's contribution to the residual stream; it keeps no tail."""
         pre, pre_linear = self.hook_pre(self.gate(x)), self.hook_pre_linear(self.up(x))
-        return self.down(self.hook_post(nn.functional.silu(pre) * pre_linear)), [None] * len(stops)
+        gated = nn.functional.silu(pre)
+        post = gated * pre_linear if torch.is_grad_enabled() else gated.mul_(pre_linear)
+        return self.down(self.hook_post(post)), [None] * len(stops)
 
 
 class ChannelMix(nn.Module):

@@ -21,16 +21,17 @@ tokens at once.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hooked_recurrent.config import MixerConfig
 from hooked_recurrent.edits import Edit, Stage, apply_edits
-from hooked_recurrent.factors import Factors, Read
+from hooked_recurrent.factors import Factors, Read, picked
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint
 from hooked_recurrent.scan.dispatch import scan
 from hooked_recurrent.scan.edited import edited_scan
@@ -49,6 +50,8 @@ class Call:
     """Lengths (in tokens of this call) after which each layer's state is wanted; none where no state is."""
     rows: int | None = None
     """Into how many rows the entering layer fans out its one, behind its projections; None for no fan."""
+    at: Int[Tensor, "rows some"] | None = None
+    """Per row the positions at which the block now running, the last one, is asked for anything; None for all."""
     backend: str = "auto"
     """Which scan runs."""
     shared: dict[str, Tensor] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class RecurrentMixer(nn.Module, ABC):
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
-    ) -> tuple[Float[Tensor, "rows pos d_model"], list[LayerState]]:
+    ) -> tuple[Float[Tensor, "rows some d_model"], list[LayerState]]:
         """The mixer's contribution to the residual stream, and its state after each of `call.stops`."""
         factors, beside, around = self.project(x, state, call)
         if call.rows is not None:
@@ -122,6 +125,9 @@ class RecurrentMixer(nn.Module, ABC):
         else:
             factors, writes = self._hook_factors(factors, call)
             read, matrices = self._scan(factors, writes, state.matrix, call)
+        if call.at is not None:
+            pick = partial(picked, at=call.at)
+            read, beside = pick(read), tree_map_only(Tensor, pick, beside)
         z = self.hook_z(self.read_out(self.hook_read(read), beside))
         states = [replace(tails, matrix=matrix) for tails, matrix in zip(around, matrices, strict=True)]
         return self.out(z.flatten(2)), states

@@ -161,18 +161,19 @@ def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object,
         )
     if not 0 <= row < len(tokens):
         raise IndexError(f"row {row} of intervention {index} is out of range: there are {len(tokens)} texts")
-    everywhere = torch.arange(tokens.shape[1])
-    hit = [edit.local(everywhere)[0] for edit in edits]
+    length = tokens.shape[1]
     for edit in edits:
-        edit.check(model, tokens.shape[1])
+        edit.check(model, length)
         if edit.layer is None:
             raise ValueError(f"intervention {index} edits {edit.where}, outside the blocks: a fork enters at a block")
-    places = torch.cat([everywhere[places] for places in hit])
-    first, last = int(places.min()), int(places.max())
+    first = min(edit.first_position for edit in edits)
+    last = max(length - 1 if edit.last_position is None else edit.last_position for edit in edits)
+    if first >= length:
+        raise IndexError(f"intervention {index} begins at position {first}: the text ends before position {length}")
     if horizon is not None and last > first + horizon:
         raise ValueError(f"intervention {index} edits position {last}, behind its horizon {first} + {horizon}")
     layer = min(edit.layer for edit in edits if edit.layer is not None)
-    return _Job(index, tuple(replace(edit, batch=None) for edit in edits), row, layer, first)
+    return _Job(index, tuple(edit.in_rows(None) for edit in edits), row, layer, first)
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,7 @@ class _Plan:
             rows=len(batch.jobs),
             shared={name: tensor[:, here] for name, tensor in trunk.shared.items()},
             edits=edits,
-            at=(first[:, None] + torch.arange(count)).clamp(max=batch.length - 1),
+            at=(first[:, None] + torch.arange(count)).clamp(max=batch.length - 1).to(self.tokens.device),
         )
         for job, made, length in zip(batch.jobs, logits, (ends - first).tolist(), strict=True):
             if job.index not in self.done:
@@ -295,7 +296,7 @@ def _merged(slot: Sequence[Edit | None]) -> Iterator[Edit]:
         first, several = slot[rows[0]], [slot[row] for row in rows]
         assert first is not None
         if len(rows) == 1 or first.key is None:  # type: ignore[attr-defined]
-            yield replace(first, batch=torch.tensor(rows))
+            yield first.in_rows(torch.tensor(rows))
             continue
         key, value = (torch.stack([getattr(edit, side) for edit in several])[:, None] for side in ("key", "value"))
         yield replace(first, batch=torch.tensor(rows), key=key, value=value)
