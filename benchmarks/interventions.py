@@ -1,26 +1,25 @@
-"""One write replaced, many times over: transformers with a cached prefix against the fork engine, in one process, in turn.
+"""One write replaced, many times over: four ways in one process, in turn; and what caching the factors of every write costs.
 
-    python benchmarks/interventions.py [--batch 64] [--repeats 3] [--threads N] [--json PATH]
+    python benchmarks/interventions.py [--batch 256] [--repeats 5] [--threads N] [--json PATH]
 
-The model is a six-layer hybrid of Qwen3.5-0.8B's layer shape (hidden 1024, 16 heads of 128 x 128, MLP 3584, a softmax layer in
-fourth place) with random weights and a vocabulary of 1,000; a text of 512 tokens; the write of layer 2, head 4 at position 256.
+Model, text and site are those of `support/intervention_routes.py`. Seconds per edit:
 
-    hf        prefill of the first 256 tokens once (not timed); per edit a copy of the cache, a step over token t, the change of
-              the cached state, and the tokens up to the horizon. It misses the read-out of token t itself, so that its
-              answer for horizon t would be that of no edit: it has no row there.
-    hf x 8    the same with eight edits as one batch, per edit.
+    hf        transformers: prefill of the first 256 tokens once (not timed); per edit a copy of the cache, a step over token t,
+              the change of the cached state, and the tokens up to the horizon. It misses the read-out of token t itself, so
+              that its answer for horizon t would be that of no edit: it has no row there.
+    hf x 8    the same with eight edits as one batch.
+    tl        transformer_lens's eager scan with a hook that carries the change on; a whole pass up to the horizon per edit.
     ours      `run_edits` with a kept trunk (one plain pass over the text, not timed), one edit per call.
-    ours x N  one call for a whole batch, per edit.
+    ours x N  one call for a whole batch (a sixteenth as many with the whole rest as horizon).
+    floor     the matrix products alone that ours x N cannot skip.
 
-Before the clock starts, ours must equal a full pass with the same edit, and hf must equal our cache reading (the state changed
+Before the clock starts, ours and tl must equal a full pass with the same edit, and hf our cache reading (the state changed
 after token t was read) at t + 1.
 """
 
 import argparse
-import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,92 +28,37 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sae_step import machine
+from support.intervention_routes import (
+    HEAD,
+    LAYER,
+    LENGTH,
+    WIDTH,
+    CachedPrefix,
+    EagerScan,
+    Forks,
+    T,
+    build,
+    matrix_products,
+)
 from torch import Tensor
 
-if not torch.cuda.is_available():  # where it is installed, transformers would bind its Triton kernels, which need a GPU
-    sys.modules["fla"] = None  # type: ignore[assignment]
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
-from hooked_recurrent.patching import Trunk, run_edits
+from hooked_recurrent.hooks import RecurrentHookPoint
 
-LENGTH, T, LAYER, HEAD, WIDTH = 512, 256, 2, 4, 128
-KINDS = ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 2
 HORIZONS = {"t": 0, "t + 1": 1, "the whole rest": None}
+Row = dict[str, float | str | None]
 
 
-def build() -> tuple[Qwen3_5ForCausalLM, HookedRecurrentModel, Tensor]:
-    """Both models with the same random weights, and the text."""
-    torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=1000,
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=len(KINDS),
-        layer_types=KINDS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=256,
-        linear_num_key_heads=16,
-        linear_num_value_heads=16,
-        linear_key_head_dim=WIDTH,
-        linear_value_head_dim=WIDTH,
-        tie_word_embeddings=True,
-    )
-    theirs = Qwen3_5ForCausalLM(config).eval().requires_grad_(False)
-    for layer in theirs.model.layers:
-        if hasattr(layer, "linear_attn"):  # long memories: with the random start every edit is forgotten at once
-            layer.linear_attn.dt_bias.fill_(-5.0)
-            layer.linear_attn.A_log.fill_(-1.0)
-    ours = HookedRecurrentModel.from_hf(theirs).requires_grad_(False)
-    return theirs, ours, torch.randint(1000, (1, LENGTH))
-
-
-class CachedPrefix:
-    """The recipe with transformers: copy the cache of the prefix, read token t, change the state, read on."""
-
-    def __init__(self, model: Qwen3_5ForCausalLM, tokens: Tensor, native: tuple[Tensor, Tensor]):
-        self.model, self.tokens, self.native = model, tokens, native
-        self.prefix = model(tokens[:, :T], use_cache=True).past_key_values
-
-    def __call__(self, keys: Tensor, values: Tensor, horizon: int | None) -> Tensor:
-        """Logits [edit, d_vocab] of the last token of the horizon."""
-        cache, rows = copy.deepcopy(self.prefix), len(keys)
-        if rows > 1:
-            cache.reorder_cache(torch.zeros(rows, dtype=torch.long))  # linear layers have no batch_repeat_interleave
-        text = self.tokens.expand(rows, -1)
-        self.model(text[:, T : T + 1], past_key_values=cache, use_cache=True)
-        change = keys[:, :, None] * values[:, None, :] - self.native[0][:, None] * self.native[1][None, :]
-        cache.layers[LAYER].recurrent_states[0][:, HEAD] += change
-        stop = LENGTH if horizon is None else T + 1 + horizon
-        out = self.model(text[:, T + 1 : stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
-
-
-class Forks:
-    """Our way: one plain pass, then every edit runs from its layer and position on."""
-
-    def __init__(self, model: HookedRecurrentModel, tokens: Tensor):
-        self.model, self.tokens, self.trunk = model, tokens, Trunk.grow(model, tokens, [T])
-
-    def __call__(self, keys: Tensor, values: Tensor, horizon: int | None) -> Tensor:
-        """Logits [edit, d_vocab] of the last token of the horizon."""
-        edits = [WriteEdit(LAYER, HEAD, T, key=key, value=value) for key, value in zip(keys, values, strict=True)]
-        forks = run_edits(self.model, self.tokens, edits, horizon=horizon, trunk=self.trunk, last_only=True)
-        return torch.stack([fork.logits[-1] for fork in forks])
-
-
-def check(hf: CachedPrefix, forks: Forks, keys: Tensor, values: Tensor) -> None:
-    """Raise `RuntimeError` unless both sides compute what the module docstring says."""
+def check(hf: CachedPrefix, tl: EagerScan, forks: Forks, keys: Tensor, values: Tensor) -> None:
+    """Raise `RuntimeError` unless all sides compute what the module docstring says."""
     model, tokens = forks.model, forks.tokens
     edit = WriteEdit(LAYER, HEAD, T, key=keys[0], value=values[0])
     full = model.run_with_hooks(tokens, edits=[edit])[0, -1]
-    state = model.snapshots(tokens, [T + 1])[T + 1]
-    changed = state.layers[LAYER].matrix.clone()
-    changed[:, HEAD] += keys[0][:, None] * values[0] - hf.native[0][:, None] * hf.native[1]
-    patched = model(tokens[:, T + 1 : T + 2], state=state.with_matrix(LAYER, changed))[0, -1]
+    cached = WriteEdit(LAYER, HEAD, T, key=keys[0], value=values[0], reading="cache")
+    patched = model.run_with_hooks(tokens[:, : T + 2], edits=[cached])[0, -1]
     for name, made, expected in (
         ("ours", forks(keys[:1], values[:1], None)[0], full),
+        ("tl", tl(keys[:1], values[:1], None)[0], full),
         ("hf", hf(keys[:1], values[:1], 1)[0], patched),
     ):
         off = ((made - expected).abs().max() / expected.abs().max()).item()
@@ -132,37 +76,74 @@ def seconds(run: Callable[[], object], edits: int, repeats: int) -> float:
     return statistics.median(taken[1:])
 
 
-@torch.no_grad()
-def measure(batch: int, repeats: int) -> list[dict[str, float | str | None]]:
+def replacements(batch: int, repeats: int) -> tuple[list[Row], HookedRecurrentModel, Tensor]:
     """A row per horizon: seconds per edit of each route, and the ratio of the best of theirs to our batch."""
     theirs, ours, tokens = build()
     _, cache = ours.run_with_cache(tokens)
     native = tuple(cache[f"blocks.{LAYER}.mixer.hook_write_{side}"][0, T, HEAD] for side in ("key", "value"))
     keys, values = torch.randn(2, batch, WIDTH) * WIDTH**-0.5
-    hf = CachedPrefix(theirs, tokens, native)
-    forks = Forks(ours, tokens)
-    check(hf, forks, keys, values)
-    rows: list[dict[str, float | str | None]] = []
+    hf, tl, forks = CachedPrefix(theirs, tokens, native), EagerScan(theirs, tokens, native), Forks(ours, tokens)
+    check(hf, tl, forks, keys, values)
+    rows: list[Row] = []
     for name, horizon in HORIZONS.items():
-        row: dict[str, float | str | None] = {"horizon": name, "hf": None, "hf x 8": None}
+        row: Row = {"horizon": name, "hf": None, "hf x 8": None}
         if horizon != 0:
             row["hf"] = seconds(lambda h=horizon: hf(keys[:1], values[:1], h), 1, repeats)
             row["hf x 8"] = seconds(lambda h=horizon: hf(keys[:8], values[:8], h), 8, repeats)
+        row["tl"] = seconds(lambda h=horizon: tl(keys[:1], values[:1], h), 1, repeats)
         row["ours"] = seconds(lambda h=horizon: forks(keys[:1], values[:1], h), 1, repeats)
-        many = batch if horizon is not None else min(batch, 8)
+        many, length = (batch, horizon + 1) if horizon is not None else (max(8, batch // 16), LENGTH - T)
         row[f"ours x {batch}"] = seconds(lambda h=horizon, m=many: forks(keys[:m], values[:m], h), many, repeats)
-        best = min((row[side] for side in ("hf", "hf x 8") if row[side] is not None), default=None)
-        row["ratio"] = None if best is None else best / row[f"ours x {batch}"]  # type: ignore[operator]
+        row["floor"] = seconds(lambda m=many, n=length: matrix_products(ours, m, n), many, repeats)
+        best = min(row[side] for side in ("hf", "hf x 8", "tl") if row[side] is not None)
+        row["ratio"] = best / row[f"ours x {batch}"]  # type: ignore[operator]
         rows.append(row)
         print(row, flush=True)
-    return rows
+    return rows, ours, tokens
+
+
+def overhead(model: HookedRecurrentModel, tokens: Tensor, repeats: int) -> Row:
+    """Seconds of a bare pass, of one that caches all factor hooks (in turn with it), and of the unused hooks in it."""
+    roles = ("log_decay", "erase", "probe", "write_key", "write_value", "query")
+    names = [name for name in model.hook_dict if name.rpartition(".hook_")[2] in roles]
+    taken: dict[str, list[float]] = {"bare": [], "factors cached": []}
+    for index in range(2 * repeats + 2):
+        start = time.perf_counter()
+        if index % 2:
+            model.run_with_cache(tokens, names_filter=names)
+        else:
+            model(tokens)
+        taken["factors cached" if index % 2 else "bare"].append(time.perf_counter() - start)
+    row: Row = {name: statistics.median(some[1:]) for name, some in taken.items()}
+    point, x = RecurrentHookPoint(), torch.zeros(1)
+    calls = 100_000
+    row["unused hooks"] = seconds(lambda: [point(x) for _ in range(calls)], calls, repeats) * len(model.hook_dict)
+    row["cached / bare"] = row["factors cached"] / row["bare"]  # type: ignore[operator]
+    row["unused / bare"] = row["unused hooks"] / row["bare"]  # type: ignore[operator]
+    return row
+
+
+def table(title: str, rows: list[Row], ratios: tuple[str, ...]) -> Table:
+    """The rows as text; seconds with four digits, or three significant ones where they are small."""
+    shown = Table(*rows[0], title=title)
+    for row in rows:
+        cells = []
+        for name, cell in row.items():
+            if cell is None or isinstance(cell, str):
+                cells.append(cell or "-")
+            elif name in ratios:
+                cells.append(f"{cell:.1f}x" if cell >= 5 else f"{cell:.2g}x" if cell < 0.1 else f"{cell:.2f}x")
+            else:
+                cells.append(f"{cell:.4f}" if cell >= 0.001 else f"{cell:.2e}")
+        shown.add_row(*cells)
+    return shown
 
 
 def main() -> None:
     """Parse, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64, help="edits in our batch (8 with the whole rest as horizon)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each route")
+    parser.add_argument("--batch", type=int, default=256, help="edits in our batch")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each route")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice when left out")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
@@ -170,17 +151,15 @@ def main() -> None:
         parser.error("--repeats must be at least 1 and --batch at least 8")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    rows = measure(arguments.batch, arguments.repeats)
-    table = Table(*rows[0], title=f"Seconds per replaced write: median of {arguments.repeats}")
-    for row in rows:
-        *cells, ratio = row.values()
-        shown = [cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.4f}" for cell in cells]
-        table.add_row(*shown, "-" if ratio is None else f"{ratio:.1f}x")
+    with torch.no_grad():
+        rows, model, tokens = replacements(arguments.batch, arguments.repeats)
+        cost = overhead(model, tokens, arguments.repeats)
     console, where = Console(), machine()
-    console.print(table)
+    console.print(table(f"Seconds per replaced write: median of {arguments.repeats}", rows, ("ratio",)))
+    console.print(table(f"Seconds per pass over {LENGTH} tokens", [cost], ("cached / bare", "unused / bare")))
     console.print(", ".join(f"{name} {value}" for name, value in where.items()), style="dim")
     if arguments.json:
-        text = json.dumps({"machine": where, "seconds": rows}, indent=2)
+        text = json.dumps({"machine": where, "seconds": rows, "overhead": cost}, indent=2)
         arguments.json.write_text(text + "\n", encoding="utf-8")
 
 
