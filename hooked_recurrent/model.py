@@ -19,17 +19,17 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from hooked_recurrent.block import Block
-from hooked_recurrent.caching import CachingMixin
+from hooked_recurrent.cache.run_with_cache import CachingMixin
 from hooked_recurrent.compat import HookedRootModule
+from hooked_recurrent.compat.directions import DirectionsMixin, TiedUnembed
+from hooked_recurrent.compat.names import first_name, unknown_hook
 from hooked_recurrent.config import ModelConfig
-from hooked_recurrent.directions import DirectionsMixin, TiedUnembed
 from hooked_recurrent.edits import Edit, attached
 from hooked_recurrent.factors import picked, state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint, in_use
 from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
-from hooked_recurrent.names import first_name, unknown_hook
 from hooked_recurrent.state import LayerState, RecurrentState
 from hooked_recurrent.text import TextMixin
 from hooked_recurrent.validation import check_edits, check_finite, check_state, check_stop, check_tokens

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hooked_recurrent.cache import RecurrentCache
+from hooked_recurrent.cache.saving import Indices, indices
 from hooked_recurrent.factors import Factors, State
-from hooked_recurrent.saving import Indices, indices
 
 ROLES = ("log_decay", "erase", "probe", "write_key", "write_value", "query")
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_recurrent.cache.saving import Indices
 from hooked_recurrent.factors import Factors, Read
-from hooked_recurrent.saving import Indices
 from hooked_recurrent.scan.adjoint import write_effects, write_gradients
 
 ROLES = ("log_decay", "erase", "probe", "query")

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
-from hooked_recurrent.lens import Labelled, LensTools, Stack, _slice
-from hooked_recurrent.names import first_name, unknown_hook
+from hooked_recurrent.cache.lens import Labelled, LensTools, Stack, _slice
+from hooked_recurrent.compat.names import first_name, unknown_hook
 
 
 class ResidualTools(LensTools):

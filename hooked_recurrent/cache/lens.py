@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.utilities import Slice
 
-from hooked_recurrent.directions import Tokens
+from hooked_recurrent.compat.directions import Tokens
 
 Stack = Float[Tensor, "component *batch_pos d_model"]
 Labelled = tuple[Tensor, list[str]]

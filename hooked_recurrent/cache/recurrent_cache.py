@@ -10,12 +10,12 @@ from torch import Tensor
 from transformer_lens import ActivationCache, FactoredMatrix
 from transformer_lens.utilities import Slice
 
+from hooked_recurrent.cache.residual import ResidualTools
+from hooked_recurrent.cache.saving import Kept
+from hooked_recurrent.cache.write_gradients import WriteGradientMixin
 from hooked_recurrent.factors import Factors
-from hooked_recurrent.residual import ResidualTools
-from hooked_recurrent.saving import Kept
 from hooked_recurrent.scan.edited import edited_scan
 from hooked_recurrent.state import RecurrentState
-from hooked_recurrent.write_gradients import WriteGradientMixin
 
 
 class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_recurrent.compat.names import first_name, unknown_hook
 from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
-from hooked_recurrent.names import first_name, unknown_hook
 
 MATRIX_HOOKS = ("hook_write", "hook_state")
 SCORE_HOOKS = ("hook_attn_scores", "hook_pattern")

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_recurrent.edits import Edit
-from hooked_recurrent.sampling import Sampling
+from hooked_recurrent.generation.sampling import Sampling
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.text import TextPieces
 from hooked_recurrent.validation import check_edits

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_recurrent.backward import off_the_graph, run_backward, weights_apart
 from hooked_recurrent.cache import RecurrentCache
-from hooked_recurrent.saving import Indices, Kept, Recorder, cache_filter
+from hooked_recurrent.cache.backward import off_the_graph, run_backward, weights_apart
+from hooked_recurrent.cache.saving import Indices, Kept, Recorder, cache_filter
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.validation import check_stop
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.hooked_recurrent.generation.test_generate import hooks_and_edits
 
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.text import BROKEN, TextPieces
 from tests.hooked_recurrent.models import HYBRID, over_stacks, tiny_model, tokens_of
-from tests.hooked_recurrent.test_generation import hooks_and_edits
 
 BYTES = "é€😀".encode() + b"abcdefghijklmnopqrst"
 
