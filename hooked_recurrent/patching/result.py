@@ -41,7 +41,7 @@ class Sweep:
 
     def effect(self) -> Float[Tensor, "*axes"]:
         """By how much each run changed the metric: values - baseline."""
-        return self.values - self._per_row(self.baseline)
+        return self.values - self.per_row(self.baseline)
 
     def recovered(self) -> Float[Tensor, "*axes"]:
         """The share of the way from the baseline to the target: 0 for no effect, 1 where the clean metric is back.
@@ -51,7 +51,7 @@ class Sweep:
         """
         if self.target is None:
             raise ValueError(f"this sweep ({self.kind}) has no target run to compare with: see effect()")
-        span = self._per_row(self.target) - self._per_row(self.baseline)
+        span = self.per_row(self.target) - self.per_row(self.baseline)
         if (span == 0).any():
             raise ValueError("the clean and the corrupted run have the same metric, so nothing can be recovered")
         return self.effect() / span
@@ -122,7 +122,7 @@ class Sweep:
             about[name] = None if about[name] is None else tuple(about[name])
         return Sweep(**about)
 
-    def _per_row(self, numbers: tuple[float, ...]) -> Tensor:
+    def per_row(self, numbers: tuple[float, ...]) -> Tensor:
         """One number per row, in a shape that broadcasts to the axes."""
         shape = [len(along) if name == "row" else 1 for name, along in self.axes.items()]
         return torch.tensor(numbers, dtype=torch.float64).reshape(shape)

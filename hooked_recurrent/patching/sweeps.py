@@ -1,9 +1,10 @@
 """Sweeps: one change at every place of a text, layer and head, each run exactly, by the fork engine.
 
     activation_patching   what stood there in a clean run, put into a corrupted one
+    attribution_patching  what that would do, to first order, from one backward pass: an estimate, no run of its own
     ablation              nothing, the mean, or what stood somewhere else, put there; or the write deleted
 
-Both give a `Sweep`: the metric of every changed run on named axes, as a tensor, a DataFrame and a heat map. A metric is a
+All give a `Sweep`: the metric of every changed run on named axes, as a tensor, a DataFrame and a heat map. A metric is a
 function from the logits of one text [1, pos, d_vocab] to a number. With `record` a killed sweep goes on where it stopped.
 """
 
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
+from hooked_recurrent.cache import RecurrentCache
 from hooked_recurrent.edits import Edit
 from hooked_recurrent.edits.write import Form
 from hooked_recurrent.model import HookedRecurrentModel
@@ -82,21 +84,33 @@ def activation_patching(
     Raises:
         ValueError, IndexError, TypeError: before anything runs, for texts, a site, axes or numbers that do not fit.
     """
-    plan = _plan(model, corrupted, metric, site, options)
-    source = plan.tokens_of(clean)
-    if source.shape != plan.tokens.shape:
-        raise ValueError(f"the clean text is {tuple(source.shape)} tokens, the corrupted {tuple(plan.tokens.shape)}")
-    names = plan.site.names(model, plan.layers)
-    with torch.no_grad():
-        target = plan.unchanged(source)
-        _, cache = model.run_with_cache(source, names_filter=names, return_type=None)
-    plan = replace(plan, kind=f"clean {site} in the corrupted run", target=target, source=_digest(source))
-    estimate = None
-    if attribution:
-        estimate = plan.on_axes(
-            first_order(model, plan.tokens, cache, plan.metrics, plan.site, plan.layers, plan.options.axes)
-        )
+    plan, cache = _pair(model, corrupted, clean, metric, site, options)
+    estimate = plan.first_order(cache) if attribution else None
     return plan.sweep(lambda layer, row: plan.site.read(cache, layer, row), estimate)
+
+
+def attribution_patching(
+    model: HookedRecurrentModel,
+    corrupted: Text,
+    clean: Text,
+    metric: Metric | Sequence[Metric],
+    site: str = "resid_pre",
+    **options: Any,
+) -> Sweep:
+    """What `activation_patching` would find, to first order: one backward pass for all places (Nanda 2023).
+
+    Takes the same arguments; `memory`, `record` and `progress` have nothing to do. `Sweep.values` are baseline + estimate.
+
+    Raises:
+        ValueError, IndexError, TypeError: as `activation_patching`; also for a metric that is not differentiable.
+    """
+    plan, cache = _pair(model, corrupted, clean, metric, site, options)
+    with torch.no_grad():
+        baseline = plan.unchanged(plan.tokens)
+    estimate = plan.first_order(cache)
+    found = plan.result(estimate, baseline, estimate)
+    kind = f"{found.kind}, to first order"
+    return replace(found, kind=kind, values=found.per_row(baseline) + estimate)
 
 
 def ablation(
@@ -152,6 +166,22 @@ def ablation(
         return Values(**{name: tensor[draws[row]] for name, tensor in pooled.items()})
 
     return plan.sweep(sampled)
+
+
+def _pair(
+    model: HookedRecurrentModel, corrupted: Text, clean: Text, metric: Any, site: str, options: dict[str, Any]
+) -> "tuple[_Plan, RecurrentCache]":
+    """A checked sweep of the corrupted text, and what the clean one leaves at the site."""
+    plan = _plan(model, corrupted, metric, site, options)
+    source = plan.tokens_of(clean)
+    if source.shape != plan.tokens.shape:
+        raise ValueError(f"the clean text is {tuple(source.shape)} tokens, the corrupted {tuple(plan.tokens.shape)}")
+    with torch.no_grad():
+        target = plan.unchanged(source)
+        names = plan.site.names(model, plan.layers)
+        _, cache = model.run_with_cache(source, names_filter=names, return_type=None)
+    kind = f"clean {site} in the corrupted run"
+    return replace(plan, kind=kind, target=target, source=_digest(source)), cache
 
 
 def _plan(model: HookedRecurrentModel, tokens: Text, metric: Any, site: str, options: dict[str, Any]) -> "_Plan":
@@ -239,6 +269,16 @@ class _Plan:
             raise ValueError("the metric is NaN")
         return number
 
+    def first_order(self, clean: RecurrentCache) -> Float[Tensor, "*axes"]:
+        """The first-order effect of every change, on this sweep's axes."""
+        axes = self.options.axes
+        return self.on_axes(first_order(self.model, self.tokens, clean, self.metrics, self.site, self.layers, axes))
+
+    def result(self, values: Tensor, baseline: tuple[float, ...], estimate: Tensor | None) -> Sweep:
+        """What was found, with its names."""
+        settings = {**self.settings, "form": self.options.form, "logits": self.options.logits}
+        return Sweep(self.kind, self.site.name, self.axes, values, baseline, self.target, estimate, settings)
+
     def on_axes(self, full: Float[Tensor, "*full"]) -> Float[Tensor, "*axes"]:
         """A table over all heads and positions of the swept layers, cut to those that are swept."""
         places = {"layer": list(range(len(self.layers))), "head": self.heads, "position": self.positions}
@@ -264,8 +304,7 @@ class _Plan:
                     row, values, numbering[row], record, lambda: bar.update(task, completed=len(record.values))
                 )
         found = torch.tensor([record.values[index] for index in range(numbering.numel())], dtype=torch.float64)
-        settings = {**self.settings, "form": self.options.form, "logits": self.options.logits}
-        return Sweep(self.kind, self.site.name, axes, found.reshape(shape), baseline, self.target, estimate, settings)
+        return self.result(found.reshape(shape), baseline, estimate)
 
     def _one_text(
         self,

@@ -1,15 +1,20 @@
 """Sweeps against plain runs with functions on hooks, for every rule and the hybrid: nothing of the fork engine is trusted."""
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
 
-from hooked_recurrent.patching import SITES, ablation, activation_patching
+from hooked_recurrent.patching import SITES, ablation, activation_patching, attribution_patching
 from tests.hooked_recurrent.models import STACKS, distance, over_stacks, tiny_model, tokens_of
 
 EXACT = 1e-9  # float64
+ROOT = Path(__file__).parents[3]
 LENGTH = 6
 AXES = [("layer", "position"), ("layer", "head"), ("layer", "head", "position")]
 
@@ -289,3 +294,52 @@ def test_the_same_sweep_twice_is_bit_for_bit_the_same():
     one, other = (activation_patching(model, corrupted, clean, metric, "state") for _ in range(2))
     assert torch.equal(one.values, other.values) and one.baseline == other.baseline
     assert replace(one, values=other.values) is not one
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attribution_alone_is_the_estimate_beside_the_true_effect(rows):
+    model = model_of(STACKS["hybrid"])
+    corrupted, clean = texts(model, rows)
+    options = {"site": "write", "axes": AXES[2], "heads": [2, 0]}
+    both = activation_patching(model, corrupted, clean, metric, attribution=True, **options)
+    alone = attribution_patching(model, corrupted, clean, metric, **options)
+    assert torch.equal(alone.estimate, both.estimate) and alone.axes == both.axes and alone.target == both.target
+    assert distance(alone.effect(), both.estimate) <= EXACT and alone.baseline == both.baseline
+
+
+KILLED = """
+import os, signal, sys
+from hooked_recurrent.patching import activation_patching
+from tests.hooked_recurrent.patching.test_sweeps import AXES, STACKS, metric, model_of, texts
+
+runs = []
+
+def counted(logits):
+    runs.append(1)
+    if len(runs) == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return metric(logits)
+
+model = model_of(STACKS["hybrid"])
+corrupted, clean = texts(model)
+activation_patching(model, corrupted, clean, counted, "write", axes=AXES[2], memory=30_000, record=sys.argv[1])
+"""
+
+
+def test_a_sweep_goes_on_after_its_process_was_killed(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    process = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    measured = len(path.read_text().splitlines()) - 1
+    model = model_of(STACKS["hybrid"])
+    corrupted, clean = texts(model)
+    runs = []
+
+    def counted(logits):
+        runs.append(1)
+        return metric(logits)
+
+    options = {"site": "write", "axes": AXES[2], "memory": 30_000}
+    resumed = activation_patching(model, corrupted, clean, counted, record=path, **options)
+    assert 10 < measured and len(runs) == resumed.values.numel() - measured + 2  # and the two unchanged runs
+    assert torch.equal(resumed.values, activation_patching(model, corrupted, clean, metric, **options).values)
