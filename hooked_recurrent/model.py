@@ -32,7 +32,7 @@ from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.state import LayerState, RecurrentState
 from hooked_recurrent.text import TextMixin
-from hooked_recurrent.validation import check_edits, check_finite, check_state, check_stop, check_tokens
+from hooked_recurrent.validation import check_edits, check_entry, check_finite, check_state, check_stop, check_tokens
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 INIT_STD = 0.02
@@ -270,7 +270,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
 
         Args:
             layer: the first block that runs; the hooks of this and the later ones fire.
-            resid: what its hook_resid_pre shows at these positions.
+            resid: what comes to its hook_resid_pre at these positions; functions attached there still see and may change it.
             state: the state before them; what it holds of the layers below is not looked at.
             rows: run the one row of `resid` and `state` this many times side by side, each with the edits of its row (counted
                 in its `batch`). Nothing that rows share is copied, and what the entering layer does before its writes
@@ -280,7 +280,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             at: per row, which positions of this run are unembedded, counted from its first; all by default.
 
         Raises:
-            ValueError, IndexError: for a layer, state or edit that does not fit, and for NaN or Inf in the logits.
+            ValueError, IndexError: for a layer, input, state, edit or `at` that does not fit, and for NaN or Inf in the logits.
         """
         if not 0 <= layer < self.cfg.n_layers:
             raise IndexError(f"layer {layer} is out of range: the model has layers 0 to {self.cfg.n_layers - 1}")
@@ -289,11 +289,10 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             edit.check(self, None)
             if edit.below(layer):
                 raise ValueError(f"the edit at {edit.where} lies below layer {layer}, where this run enters")
+        check_entry(resid, self.cfg.d_model, rows, at)
         below = (LayerState(),) * layer
         state = RecurrentState((*below, *state.layers[layer:]), state.position)
         check_state(state, list(self.blocks), resid.shape[0])
-        if rows is not None and resid.shape[0] != 1:
-            raise ValueError(f"rows fans out a single row, got a batch of {resid.shape[0]}")
         call = Call(self.clock, checked, backend=backend, shared=dict(shared or {}))
         with self.clock.running(state.position, resid.shape[1]), attached(self, checked):
             if rows is not None and self.blocks[layer].can_fan_out:

@@ -63,6 +63,21 @@ def check_edits(edits: Any) -> tuple[Edit, ...]:
     return edits
 
 
+def check_entry(resid: Tensor, d_model: int, rows: int | None, at: Tensor | None) -> None:
+    """What enters at a layer must be [batch, pos, d_model], one row of it where it fans out, and `at` say where in each row."""
+    if resid.ndim != 3 or resid.shape[2] != d_model:
+        raise ValueError(f"resid must be [batch, pos, {d_model}], got {tuple(resid.shape)}")
+    if rows is not None and resid.shape[0] != 1:
+        raise ValueError(f"rows fans out a single row, got a batch of {resid.shape[0]}")
+    if at is None:
+        return
+    count, length = resid.shape[0] if rows is None else rows, resid.shape[1]
+    if at.ndim != 2 or at.shape[0] != count:
+        raise ValueError(f"at must be [{count}, positions], got {tuple(at.shape)}")
+    if at.numel() and not 0 <= int(at.min()) <= int(at.max()) < length:
+        raise IndexError(f"at names positions {int(at.min())} to {int(at.max())}, but the run has 0 to {length - 1}")
+
+
 def check_stop(
     stop_at_layer: int,
     n_layers: int,

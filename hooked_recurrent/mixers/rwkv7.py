@@ -158,6 +158,8 @@ class RWKV7(RecurrentMixer):
         if self.layer == 0:
             call.shared["first_value"] = value = self.hook_v(value)
             return value
+        if "first_value" not in call.shared:
+            raise ValueError(f"layer {self.layer} mixes in layer 0's values: give what a plain pass left as `shared`")
         mixed_in = self.hook_value_gate(self.heads(self.value_gate(x).sigmoid(), self.cfg.d_v))
         return self.hook_v(value + (call.shared["first_value"] - value) * mixed_in)
 

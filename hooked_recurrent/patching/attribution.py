@@ -46,7 +46,10 @@ def first_order(
         names = [name for name in roles if name in model.hook_dict]
 
     def total(logits: Tensor) -> Tensor:
-        return torch.stack([metric(logits[row : row + 1]) for row, metric in enumerate(metrics)]).sum()
+        found = [metric(logits[row : row + 1]) for row, metric in enumerate(metrics)]
+        if not all(isinstance(number, Tensor) for number in found):
+            raise TypeError("attribution differentiates the metric, which must give a tensor then, and no plain number")
+        return torch.stack([number.reshape(()) for number in found]).sum()
 
     _, cache = model.run_with_cache(corrupted, names_filter=names, incl_bwd=True, metric=total)
     per_layer = []

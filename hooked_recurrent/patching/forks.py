@@ -10,15 +10,17 @@ same edit, up to rounding.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Module
 
 from hooked_recurrent.edits import Edit, WriteEdit
-from hooked_recurrent.hooks import reads_only
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.state import RecurrentState
+from hooked_recurrent.validation import check_edits, check_tokens
 
 Intervention = tuple[Edit, ...]
 
@@ -41,25 +43,38 @@ class Fork:
 class Trunk:
     """What one plain pass over a text leaves for all forks of it; kept, it serves any number of calls of `run_edits`."""
 
+    text: Int[Tensor, "one pos"]
+    """What was read."""
     inputs: dict[int, Float[Tensor, "one pos d_model"]]
-    """Per layer what its hook_resid_pre shows."""
+    """Per layer what comes to its hook_resid_pre, as it was before any function there, which every fork meets anew."""
     shared: dict[str, Tensor]
     """What layers leave for the layers above them, [one, pos, ...]."""
     states: dict[int, RecurrentState]
     """Per position the state before it."""
 
     @staticmethod
+    @torch.no_grad()
     def grow(model: HookedRecurrentModel, text: Int[Tensor, "one pos"], positions: Collection[int]) -> "Trunk":
-        """One plain pass over a text, keeping the inputs of all layers and the states at these positions."""
+        """One plain pass over a text, keeping the inputs of all layers and the states at one or more positions."""
+        if not positions:
+            raise ValueError("a trunk needs the state at one position at least, got none")
         inputs: dict[int, Tensor] = {}
+        depth = model.clock.depth + 1
 
         def keep(layer: int) -> Callable:
-            return reads_only(lambda tensor, hook: inputs.__setitem__(layer, tensor.detach()))
+            def before_block(block: Module, given: tuple[Any, ...]) -> None:
+                if model.clock.depth == depth:  # not in a call that a hook function makes
+                    inputs[layer] = given[0]
 
-        hooks = [(f"blocks.{layer}.hook_resid_pre", keep(layer)) for layer in range(model.cfg.n_layers)]
-        with model.hooks(fwd_hooks=hooks):
+            return before_block
+
+        handles = [block.register_forward_pre_hook(keep(layer)) for layer, block in enumerate(model.blocks)]
+        try:
             states = model.snapshots(text, positions)
-        return Trunk(inputs, dict(model.last_call.shared), states)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Trunk(text, inputs, dict(model.last_call.shared), states)
 
 
 @dataclass(frozen=True)
@@ -111,10 +126,11 @@ def run_edits(
     done: Collection[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Fork]:
-    """Run every intervention on its own, as cheaply as it can be done exactly.
+    """Run every intervention on its own, as cheaply as it can be done exactly. No gradient reaches the logits.
 
     Args:
-        model: any HookedRecurrentModel; hooks attached to it fire, with the positions of what runs.
+        model: any HookedRecurrentModel; hooks attached to it fire, with the positions of what runs. Attach none, and take none
+            away, before the last fork is there: a text's plain pass would be that of other hooks.
         tokens: the texts [row, pos].
         interventions: an edit of any kind, or several that act together. `batch` says which row of `tokens` it changes (an int;
             None only where there is one row).
@@ -131,16 +147,24 @@ def run_edits(
         One `Fork` per intervention, row by row, in an order that depends on the arguments alone.
 
     Raises:
-        ValueError, IndexError: before anything runs, for an intervention without edits, one whose rows differ or are missing,
-            a hook outside the blocks, or a site that does not exist or lies behind the horizon.
+        ValueError, IndexError, TypeError: before anything runs, for tokens that are none, an intervention without edits, one
+            whose rows differ or are missing, a hook outside the blocks, a site that does not exist or lies behind the
+            horizon, or a trunk of another text.
     """
     if horizon is not None and horizon < 0:
         raise ValueError(f"horizon must be at least 0, got {horizon}")
+    if isinstance(interventions, Edit):
+        raise TypeError(
+            f"interventions must be several, got a single {type(interventions).__name__}: put it into a list"
+        )
+    tokens = check_tokens(tokens, model.cfg.d_vocab).to(model.device)
     jobs = [_job(model, tokens, index, given, horizon) for index, given in enumerate(interventions)]
     if trunk is not None:
         earliest = min(trunk.states)
         if len(tokens) != 1:
             raise ValueError(f"the trunk holds one text, not {len(tokens)}")
+        if not torch.equal(trunk.text.to(tokens), tokens):
+            raise ValueError("the trunk was grown from another text")
         for job in jobs:
             if job.position < earliest:
                 raise ValueError(f"the trunk holds no state at or before {job.position}; its first is at {earliest}")
@@ -150,7 +174,10 @@ def run_edits(
 
 
 def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object, horizon: int | None) -> _Job:
-    edits: Intervention = (given,) if isinstance(given, Edit) else tuple(given)  # type: ignore[arg-type]
+    try:
+        edits: Intervention = (given,) if isinstance(given, Edit) else check_edits(given)
+    except TypeError as error:
+        raise TypeError(f"intervention {index} is no edit and no list of edits: {error}") from None
     if not edits:
         raise ValueError(f"intervention {index} has no edits")
     rows = {0 if edit.batch is None and len(tokens) == 1 else edit.batch for edit in edits}
@@ -187,6 +214,7 @@ class _Plan:
     last_only: bool
     done: frozenset[int]
 
+    @torch.no_grad()
     def run(
         self, jobs: list[_Job], trunk: Trunk | None, on_progress: Callable[[int, int], None] | None
     ) -> Iterator[Fork]:

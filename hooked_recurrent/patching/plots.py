@@ -54,6 +54,10 @@ def _ticks(axis, name: str, along: Sequence[int], labels: Sequence[str] | None) 
     step = -(-len(along) // MOST_LABELS)
     words = [str(number) for number in along]
     if name == "position" and labels is not None:
+        if len(labels) <= max(along):
+            raise ValueError(
+                f"{len(labels)} labels do not reach position {max(along)}: give one per position of the text"
+            )
         words = [f"{number} {labels[number]!r}" for number in along]
     upright = axis.axis_name == "x" and any(len(word) > 3 for word in words)
     axis.set_ticks(range(0, len(along), step), words[::step], fontsize=7, **({"rotation": 90} if upright else {}))

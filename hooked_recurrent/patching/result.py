@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from operator import ne
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,15 @@ class Sweep:
         return replace(self, axes={name: along for name, along in self.axes.items() if name != axis}, **made)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A row per run: its place on the axes, metric, effect, and where there are such recovered and estimate (an effect)."""
-        table = pd.MultiIndex.from_product(self.axes.values(), names=list(self.axes)).to_frame(index=False)
+        """A row per run: its place on the axes, metric, effect, and where there are such recovered and estimate (an effect).
+
+        There is no `recovered` where the clean and the corrupted run of any row have the same metric.
+        """
+        table = pd.DataFrame(index=[0])  # where every axis was averaged over
+        if self.axes:
+            table = pd.MultiIndex.from_product(self.axes.values(), names=list(self.axes)).to_frame(index=False)
         columns = {"metric": self.values, "effect": self.effect()}
-        if self.target is not None and self.target != self.baseline:
+        if self.target is not None and all(map(ne, self.target, self.baseline)):
             columns["recovered"] = self.recovered()
         if self.estimate is not None:
             columns["estimate"] = self.estimate

@@ -9,9 +9,11 @@ function from the logits of one text [1, pos, d_vocab] to a number. With `record
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import index as whole
 from typing import Any, Literal
 
 import torch
@@ -44,7 +46,7 @@ class SweepOptions:
     layers: Iterable[int] | None = None
     """Which layers; None for all that have the site."""
     heads: Iterable[int] | None = None
-    """Which heads; None for all."""
+    """Which heads, at a site that has some; None for all."""
     positions: Iterable[int] | None = None
     """Which positions; None for all."""
     logits: Literal["all", "last"] = "all"
@@ -54,7 +56,8 @@ class SweepOptions:
     memory: int = 2**30
     """About how many bytes the activations of one batch, and the kept states, may take each."""
     record: Any = None
-    """A file that keeps every measured run, so that the same call goes on after a kill; None keeps nothing on disk."""
+    """A file that keeps every measured run, so that the same call goes on after a kill; None keeps nothing on disk. Give each
+    model and metric its own: those of the unchanged runs are compared, nothing else of a metric can be."""
     progress: bool = False
     """Whether to show a progress bar."""
 
@@ -195,8 +198,12 @@ def _plan(model: HookedRecurrentModel, tokens: Text, metric: Any, site: str, opt
         raise ValueError(f"logits must be 'all' or 'last', got {given.logits!r}")
     if "head" in axes and not chosen.by_head:
         raise ValueError(f"site {site!r} has no head axis: use axes ('layer', 'position')")
+    if given.heads is not None and not chosen.by_head:
+        raise ValueError(f"site {site!r} has no head axis: leave heads out")
     checked = model._tokens(tokens)
-    metrics = (metric,) * len(checked) if callable(metric) else tuple(metric)
+    metrics = (metric,) * len(checked) if callable(metric) else tuple(metric or ())
+    if not all(map(callable, metrics)):
+        raise TypeError("a metric must be a function of the logits, or several such functions")
     if len(metrics) != len(checked):
         raise ValueError(f"{len(metrics)} metrics for {len(checked)} rows: give one for all, or one per row")
     there = chosen.layers(model)
@@ -214,13 +221,22 @@ def _numbers(word: str, wanted: Iterable[int] | None, there: list[int]) -> list[
     """The wanted numbers, each of them there."""
     if wanted is None:
         return there
-    numbers = [int(number) for number in wanted]
+    try:
+        numbers = [whole(number) for number in wanted]
+    except TypeError:
+        raise TypeError(f"{word}s must be a list of whole numbers, got {wanted!r}") from None
     for number in numbers:
         if number not in there:
-            raise IndexError(f"there is no {word} {number} to sweep; there are {there[0]} to {there[-1]}: {there}")
+            gaps = "" if there == list(range(there[0], there[-1] + 1)) else f": {there}"
+            raise IndexError(f"there is no {word} {number} to sweep; there are {there[0]} to {there[-1]}{gaps}")
     if len(set(numbers)) != len(numbers) or not numbers:
         raise ValueError(f"{word}s must be one or more different numbers, got {numbers}")
     return numbers
+
+
+def _shown(metric: Metric, what: str, logits: Float[Tensor, "one pos d_vocab"]) -> Any:
+    """A metric of the logits that `SweepOptions.logits` says."""
+    return metric(logits if what == "all" else logits[:, -1:])
 
 
 def _digest(tokens: Tensor) -> str:
@@ -255,8 +271,7 @@ class _Plan:
 
     def unchanged(self, tokens: Int[Tensor, "row pos"]) -> tuple[float, ...]:
         """The metric of each row of a plain run."""
-        logits = self.model(tokens)
-        shown = logits if self.options.logits == "all" else logits[:, -1:]
+        shown = self.model(tokens, last_only=self.options.logits == "last")
         return tuple(self.number(row, shown[row : row + 1]) for row in range(len(tokens)))
 
     def number(self, row: int, logits: Float[Tensor, "one pos d_vocab"]) -> float:
@@ -264,15 +279,19 @@ class _Plan:
         found = self.metrics[row](logits)
         if isinstance(found, Tensor) and found.numel() != 1:
             raise ValueError(f"a metric gives one number per text, got a tensor of shape {tuple(found.shape)}")
-        number = float(found)
-        if number != number:
-            raise ValueError("the metric is NaN")
+        try:
+            number = float(found)
+        except (TypeError, ValueError):
+            raise TypeError(f"a metric gives a number, got {type(found).__name__}") from None
+        if not math.isfinite(number):
+            raise ValueError(f"the metric is {'NaN' if math.isnan(number) else 'Inf'}")
         return number
 
     def first_order(self, clean: RecurrentCache) -> Float[Tensor, "*axes"]:
         """The first-order effect of every change, on this sweep's axes."""
+        metrics = [partial(_shown, metric, self.options.logits) for metric in self.metrics]
         axes = self.options.axes
-        return self.on_axes(first_order(self.model, self.tokens, clean, self.metrics, self.site, self.layers, axes))
+        return self.on_axes(first_order(self.model, self.tokens, clean, metrics, self.site, self.layers, axes))
 
     def result(self, values: Tensor, baseline: tuple[float, ...], estimate: Tensor | None) -> Sweep:
         """What was found, with its names."""
@@ -281,6 +300,7 @@ class _Plan:
 
     def on_axes(self, full: Float[Tensor, "*full"]) -> Float[Tensor, "*axes"]:
         """A table over all heads and positions of the swept layers, cut to those that are swept."""
+        full = full.cpu()
         places = {"layer": list(range(len(self.layers))), "head": self.heads, "position": self.positions}
         for axis, name in enumerate(self.options.axes, start=1):
             full = full.index_select(axis, torch.tensor(places[name]))
@@ -291,9 +311,10 @@ class _Plan:
         """Run every change; `values(layer, row)` says what is put there, None that nothing is left there."""
         baseline = self.unchanged(self.tokens)
         axes = self.axes
-        about = {"kind": self.kind, "site": self.site.name, "axes": {n: list(a) for n, a in axes.items()}}
+        about: dict[str, Any] = {"kind": self.kind, "site": self.site.name, "axes": {n: list(a) for n, a in axes.items()}}
         about |= {"tokens": _digest(self.tokens), "source": self.source, **self.settings}
         about |= {"form": self.options.form, "logits": self.options.logits, "model": self.model.cfg.model_name}
+        about |= {"heads": self.heads}
         record = Record(self.options.record, about, {"unchanged": baseline, "clean": self.target})
         shape = [len(along) for along in axes.values()]
         numbering = torch.arange(torch.Size(shape).numel()).reshape(len(self.tokens), len(self.layers), -1)
@@ -344,9 +365,13 @@ class _Plan:
                 done=done,
                 on_progress=keep,
             )
-            for fork in forks:
-                logits = fork.logits if plain is None else torch.cat([plain[: fork.position], fork.logits])
-                fresh[numbers[fork.index]] = self.number(row, logits[None])
+            try:
+                for fork in forks:
+                    logits = fork.logits if plain is None else torch.cat([plain[: fork.position], fork.logits])
+                    fresh[numbers[fork.index]] = self.number(row, logits[None])
+            finally:  # a kill in the middle of a batch costs nothing that was measured
+                if fresh:
+                    record.add(fresh)
 
     def _changes(self, layer: int, values: Values | None) -> list[list[Edit]]:
         """What is done in each run of a layer, in the order of the axes behind the layer's."""
