@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.edits import Edit, WriteEdit
 from hooked_recurrent.hooks import reads_only
 from hooked_recurrent.model import HookedRecurrentModel
@@ -23,8 +24,8 @@ from hooked_recurrent.state import RecurrentState
 Intervention = tuple[Edit, ...]
 
 
-@dataclass(frozen=True)
-class Fork:
+@dataclass(frozen=True, repr=False)
+class Fork(OneLine):
     """What one intervention made of its text."""
 
     index: int
@@ -37,8 +38,8 @@ class Fork:
     """From that position to the horizon; with `last_only` at the horizon alone."""
 
 
-@dataclass(frozen=True)
-class Trunk:
+@dataclass(frozen=True, repr=False)
+class Trunk(OneLine):
     """What one plain pass over a text leaves for all forks of it; kept, it serves any number of calls of `run_edits`."""
 
     inputs: dict[int, Float[Tensor, "one pos d_model"]]

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hooked_recurrent.display import brief
 from hooked_recurrent.files import write_text
 from hooked_recurrent.patching.plots import heat_map
 
 FORMAT = "hooked_recurrent.sweep.v1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """The metric of every changed run, on named axes, beside those of the unchanged ones."""
 
@@ -121,6 +122,13 @@ class Sweep:
         for name in ("baseline", "target"):
             about[name] = None if about[name] is None else tuple(about[name])
         return Sweep(**about)
+
+    def __repr__(self) -> str:
+        """One line: what was done, the axes with their sizes, and the metric of the unchanged runs."""
+        axes = ", ".join(f"{name} {len(along)}" for name, along in self.axes.items())
+        runs = f"baseline={brief(self.baseline)}" + (f", target={brief(self.target)}" if self.target else "")
+        estimate = "" if self.estimate is None else ", with estimate"
+        return f"Sweep({self.kind!r}, site={self.site!r}, values [{axes}]{estimate}, {runs})"
 
     def _per_row(self, numbers: tuple[float, ...]) -> Tensor:
         """One number per row, in a shape that broadcasts to the axes."""
