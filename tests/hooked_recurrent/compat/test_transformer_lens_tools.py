@@ -8,12 +8,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from tests.hooked_recurrent.generation.test_generate import Tokenizer
 from torch.utils.data import Dataset
 from transformer_lens import evals, patching, utilities
 from transformer_lens.head_detector import detect_head
 
 from hooked_recurrent import HookedRecurrentModel
+from tests.hooked_recurrent.generation.test_generate import Tokenizer
 from tests.hooked_recurrent.models import HYBRID, distance, over_stacks, tiny_model, tokens_of
 
 EXACT = 1e-12

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.hooked_recurrent.generation.test_generate import hooks_and_edits
 
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.text import BROKEN, TextPieces
+from tests.hooked_recurrent.generation.test_generate import hooks_and_edits
 from tests.hooked_recurrent.models import HYBRID, over_stacks, tiny_model, tokens_of
 
 BYTES = "é€😀".encode() + b"abcdefghijklmnopqrst"
