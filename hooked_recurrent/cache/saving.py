@@ -133,7 +133,9 @@ class Kept:
     ) -> "Kept":
         """From what a user asks for; raises as `absolute_positions` and `indices` do."""
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype must be a float dtype of torch, such as torch.bfloat16, got {dtype!r}")
+            raise TypeError(
+                f"activations are kept as floats, got dtype {dtype!r}; give one of torch's, such as torch.bfloat16"
+            )
         numbers = tuple(sorted(set(indices("head", heads, n_heads))))
         return Kept(start, length, n_heads, absolute_positions(positions, start, length), numbers, device, dtype)
 

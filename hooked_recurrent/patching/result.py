@@ -126,7 +126,9 @@ class Sweep:
     def __repr__(self) -> str:
         """One line: what was done, the axes with their sizes, and the metric of the unchanged runs."""
         axes = ", ".join(f"{name} {len(along)}" for name, along in self.axes.items())
-        runs = f"baseline={brief(self.baseline)}" + (f", target={brief(self.target)}" if self.target else "")
+        metrics = {"baseline": self.baseline, "target": self.target}
+        short = {name: brief(tuple(round(one, 4) for one in along)) for name, along in metrics.items() if along}
+        runs = ", ".join(f"{name}={numbers}" for name, numbers in short.items())
         estimate = "" if self.estimate is None else ", with estimate"
         return f"Sweep({self.kind!r}, site={self.site!r}, values [{axes}]{estimate}, {runs})"
 

@@ -117,7 +117,7 @@ def test_what_is_not_kept_is_asked_for_by_the_call_that_gives_it(as_users_run):
         cache["state", 1]
     with pytest.raises(KeyError, match=r"blocks.0.mixer.hook_read_grad is not in the cache.*incl_bwd=True"):
         cache["read_grad", 0]
-    with pytest.raises(TypeError, match="dtype must be a float dtype of torch.*got 'bfloat16'"):
+    with pytest.raises(TypeError, match="kept as floats, got dtype 'bfloat16'; give one of torch"):
         model.run_with_cache(tokens_of(model), dtype="bfloat16")
     with pytest.raises(KeyError, match="did you mean 'blocks.0.hook_resid_pre'"):
         model.run_with_cache(tokens_of(model), names_filter="resid_pre")
