@@ -22,14 +22,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
+
 State = Float[Tensor, "batch head d_k d_v"]
 Before = Float[Tensor, "batch_or_1 head d_k d_v"]
 """The state before a stretch: one per row, or a single one that serves every row and is not copied."""
 Read = Float[Tensor, "batch pos head d_v"]
 
 
-@dataclass(frozen=True)
-class Factors:
+@dataclass(frozen=True, repr=False)
+class Factors(OneLine):
     """The six roles over a stretch of positions, exactly as the recurrence consumes them."""
 
     log_decay: Float[Tensor, "batch pos head *d_k"]

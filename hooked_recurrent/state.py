@@ -5,6 +5,7 @@ ones too, so that a state can be kept, branched and reused freely.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.files import save_tensors
 
 FORMAT = "hooked_recurrent.state.v1"
@@ -22,8 +24,8 @@ Shapes = dict[str, tuple[int | None, ...]]
 """Per field of a LayerState its shape behind the batch axis; None where a length grows with the text."""
 
 
-@dataclass(frozen=True)
-class LayerState:
+@dataclass(frozen=True, repr=False)
+class LayerState(OneLine):
     """The memory of one layer; what a kind of layer does not have is None."""
 
     matrix: Float[Tensor, "batch head d_k d_v"] | None = None
@@ -52,7 +54,7 @@ class LayerState:
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RecurrentState:
     """The memory of a whole model after `position` tokens."""
 
@@ -113,6 +115,12 @@ class RecurrentState:
         layers = list(self.layers)
         layers[layer] = replace(layers[layer], matrix=matrix.to(old.dtype))
         return replace(self, layers=tuple(layers))
+
+    def __repr__(self) -> str:
+        """One line: the position, the batch size, and the kinds of layers by the shapes of their tensors."""
+        kinds = Counter(map(repr, self.layers))
+        layers = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        return f"RecurrentState(position={self.position}, batch_size={self.batch_size}, layers: {layers})"
 
     @staticmethod
     def stack(states: list["RecurrentState"]) -> "RecurrentState":

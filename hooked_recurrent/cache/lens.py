@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.utilities import Slice
 
 from hooked_recurrent.compat.directions import Tokens
+from hooked_recurrent.compat.slices import as_slice
 
 Stack = Float[Tensor, "component *batch_pos d_model"]
 Labelled = tuple[Tensor, list[str]]
@@ -43,14 +43,14 @@ class LensTools:
             recompute_ln: take each component for a whole stream instead: its own scale, and the norm's bias.
         """
         layer = self._layer(layer, mlp_input)
-        batch = _slice(batch_slice)
+        batch = as_slice(batch_slice)
         if has_batch_dim:
             residual_stack = batch.apply(residual_stack, dim=1)
         norm, name = self._norm(layer, mlp_input)
         if recompute_ln:
             with torch.set_grad_enabled(residual_stack.requires_grad):
                 return norm(residual_stack)
-        scale = _slice(pos_slice).apply(self[f"{name}.hook_scale"], dim=-2)
+        scale = as_slice(pos_slice).apply(self[f"{name}.hook_scale"], dim=-2)
         if self.has_batch_dim:
             scale = batch.apply(scale, dim=0)
         wide = residual_stack.to(torch.promote_types(residual_stack.dtype, scale.dtype))
@@ -157,11 +157,6 @@ class LensTools:
         norm, _ = self._norm(layer, mlp_input)
         project = _weight(norm).to(project)[:, None] * project
         return project - project.mean(0) if _centres(norm) else project
-
-
-def _slice(wanted: Any) -> Slice:
-    """transformer_lens's Slice of an int, list, tuple, tensor, None or Slice."""
-    return wanted if isinstance(wanted, Slice) else Slice(wanted)
 
 
 def _centres(norm: Any) -> bool:

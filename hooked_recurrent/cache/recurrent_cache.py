@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache, FactoredMatrix
-from transformer_lens.utilities import Slice
 
 from hooked_recurrent.cache.residual import ResidualTools
-from hooked_recurrent.cache.saving import Kept
+from hooked_recurrent.cache.saving import Index, Kept, missing
 from hooked_recurrent.cache.write_gradients import WriteGradientMixin
+from hooked_recurrent.compat.slices import as_slice
+from hooked_recurrent.display import brief
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.scan.edited import edited_scan
 from hooked_recurrent.state import RecurrentState
@@ -74,11 +75,11 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
                 kept[role] = torch.cat([kept[role][:, :, :, None], added.to(kept[role])], dim=3)
         return Factors(**kept)
 
-    def write(self, layer: int, head: int | slice, pos: int | slice) -> FactoredMatrix:
+    def write(self, layer: int, head: Index, pos: Index) -> FactoredMatrix:
         """The writes of a head as a FactoredMatrix [batch, (pos,) (head,) d_k, d_v], one rank per write term.
 
-        head and pos are ints or slices of the layer's heads and of this call's positions, negative ones counted from the
-        end; an int drops its axis, and slice(None) is all that was kept.
+        head and pos are ints, slices or lists of the layer's heads and of this call's positions, negative ones counted
+        from the end; an int drops its axis, and slice(None) is all that was kept. The batch axis stays, whatever the cache.
 
         Raises:
             ValueError: a layer without matrix memory, or one whose writes a function replaced by matrices.
@@ -90,10 +91,12 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
         key, value = factors.write_key, factors.write_value
         if key.ndim == 4:
             key, value = key[:, :, :, None], value[:, :, :, None]
-        return FactoredMatrix(key[:, places][..., heads, :, :].mT, value[:, places][..., heads, :, :])
+        dtype = torch.promote_types(key.dtype, value.dtype)  # a bfloat16 Mamba-2 makes its values in float32
+        key, value = (side[:, places][..., heads, :, :].to(dtype) for side in (key, value))
+        return FactoredMatrix(key.mT, value)
 
     def state(
-        self, layer: int, head: int | slice, pos: int | slice, *, carried: bool = False
+        self, layer: int, head: Index, pos: Index, *, carried: bool = False
     ) -> Float[Tensor, "batch *pos_head d_k d_v"]:
         """S_t, the state after the write at pos that the query of pos read, recomputed from the factors for these heads only.
 
@@ -116,18 +119,18 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
         matrix = None if initial is None else initial.detach().to(factors.query.device)[:, numbers]
         states: dict[int, Any] = {}
         start = 0
-        for index in sorted(wanted):
+        for index in sorted(set(wanted)):
             stretch = slice(start, index + 1)
             positions = torch.arange(start, index + 1) + self.kept.start
             with torch.no_grad():  # the roles are kept without a graph; so are the edits' own tensors
                 _, seen, matrix = edited_scan(factors.at(stretch), matrix, edits, positions)
             states[index], start = matrix if carried else seen, index + 1
-        if isinstance(pos, int):
-            out = states[wanted[0]]
-            return out[:, 0] if isinstance(head, int) else out
+        if isinstance(places, int):
+            out = states[places]
+            return out[:, 0] if isinstance(heads, int) else out
         none = factors.zero_state()[:, None][:, :0]
         stacked = torch.stack([states[index] for index in wanted], dim=1) if wanted else none
-        return stacked[:, :, 0] if isinstance(head, int) else stacked
+        return stacked[:, :, 0] if isinstance(heads, int) else stacked
 
     def to(self, device: str | torch.device) -> "RecurrentCache":
         """Move everything that is kept, in place, with what `write` and `state` need besides."""
@@ -138,23 +141,32 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "RecurrentCache":
         """A cache of the chosen rows; an int drops the batch axis. Takes what transformer_lens's Slice takes."""
-        cut = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        cut = as_slice(batch_slice)
         if cut.mode != "identity" and not self.has_batch_dim:
             raise ValueError("this cache holds one sequence without a batch axis, so it has no rows to choose from")
         part = copy(self)
         part.cache_dict = dict(self.cache_dict)
         if cut.mode == "identity":
             return part
-        rows = torch.atleast_1d(cut.apply(torch.arange(len(next(iter(self.values())))), dim=0))
+        batch = self._batch_size()
+        rows = torch.atleast_1d(cut.apply(torch.arange(batch), dim=0))
         part.cache_dict = {name: cut.apply(tensor, dim=0) for name, tensor in self.items()}
         part.has_batch_dim = cut.mode != "int"
         part.added_writes = {layer: more.map(lambda x: x[rows]) for layer, more in self.added_writes.items()}
         part.initial_state = None if self.initial_state is None else self.initial_state.index(rows)
+        moved = [edit.for_rows(rows.tolist(), batch) for edit in self._state_edits]
+        part._state_edits = [edit for edit in moved if edit is not None]
         return part
+
+    def __repr__(self) -> str:
+        """One line: how many activations of what; the names are `cache.keys()`."""
+        held = ", ".join(self.keys()) if 0 < len(self) <= 3 else f"{len(self)} activations"
+        batch = f"batch {self._batch_size()}" if self.has_batch_dim else "no batch axis"
+        return f"RecurrentCache({held}; {batch}, positions {brief(self.positions)}, heads {brief(self.heads)})"
 
     def _role(self, name: str) -> Tensor:
         if name not in self.cache_dict:
-            raise KeyError(f"{name} is not in the cache: run_with_cache without a filter, or with one that keeps it")
+            raise KeyError(missing(name))
         tensor = self.cache_dict[name]
         return tensor if self.has_batch_dim else tensor[None]
 

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
-from hooked_recurrent.cache.lens import Labelled, LensTools, Stack, _slice
+from hooked_recurrent.cache.lens import Labelled, LensTools, Stack
+from hooked_recurrent.cache.saving import missing
 from hooked_recurrent.compat.names import first_name, unknown_hook
+from hooked_recurrent.compat.slices import as_slice
 
 
 class ResidualTools(LensTools):
@@ -32,9 +34,14 @@ class ResidualTools(LensTools):
         if found is not None:
             return self.cache_dict[found]
         hook = first_name(name, self.model.hook_dict)
+        gradient_of = first_name(name.removesuffix("_grad"), self.model.hook_dict)
+        if hook is None and gradient_of is not None:
+            raise KeyError(
+                f"{gradient_of}_grad is not in the cache: run_with_cache(..., incl_bwd=True) keeps gradients"
+            )
         if hook is None:
             raise KeyError(f"this model has {unknown_hook(name, self.model.hook_dict)}")
-        raise KeyError(f"{hook} is not in the cache: run_with_cache without a filter, or with one that keeps it")
+        raise KeyError(missing(hook))
 
     def stack_activation(
         self, activation_name: str, layer: int = -1, sublayer_type: str | None = None
@@ -103,7 +110,7 @@ class ResidualTools(LensTools):
         layer = self._layer(layer)
         parts, labels = [], []
         for index, block in enumerate(list(self.model.blocks)[:layer]):
-            z = _slice(pos_slice).apply(self["z", index], dim=-3)
+            z = as_slice(pos_slice).apply(self["z", index], dim=-3)
             parts.append(torch.einsum("...hd,hdm->h...m", z, block.W_O.detach().to(z)))
             labels += [f"L{index}H{head}" for head in range(block.W_O.shape[0])]
         stack = torch.cat(parts) if parts else self._nothing(pos_slice)
@@ -132,7 +139,7 @@ class ResidualTools(LensTools):
         if self.model.cfg.d_mlp is None:
             raise ValueError("this model's blocks are mixers alone: there are no neurons to stack")
         layer, numbers = self._layer(layer, mlp_input), torch.arange(self.model.cfg.d_mlp)
-        kept = torch.atleast_1d(torch.as_tensor(_slice(neuron_slice).apply(numbers, dim=0))).tolist()
+        kept = torch.atleast_1d(torch.as_tensor(as_slice(neuron_slice).apply(numbers, dim=0))).tolist()
         labels = [f"L{index}N{number}" for index in range(layer) for number in kept]
         finish = _Projection(self, layer, mlp_input, apply_ln, pos_slice, project_output_onto)
         parts = []
@@ -175,7 +182,7 @@ class ResidualTools(LensTools):
         return (stack, [*labels, *mlp_labels, "embed", "bias"]) if return_labels else stack
 
     def _at(self, name: str, pos_slice: Any) -> Tensor:
-        return _slice(pos_slice).apply(self[name], dim=-2)
+        return as_slice(pos_slice).apply(self[name], dim=-2)
 
     def _nothing(self, pos_slice: Any) -> Tensor:
         """A stack of no parts."""
@@ -210,7 +217,7 @@ class _Projection:
             batched = self.cache.has_batch_dim
             stack = self.cache.apply_ln_to_stack(stack, layer, mlp_input, pos_slice, has_batch_dim=batched)
         elif self.apply_ln:
-            stack = stack / _slice(pos_slice).apply(
+            stack = stack / as_slice(pos_slice).apply(
                 self.cache[f"{self.cache._norm(layer, mlp_input)[1]}.hook_scale"], dim=-2
             )
         return stack[..., 0] if self.flat else stack

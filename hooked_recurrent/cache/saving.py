@@ -5,6 +5,7 @@ A tensor is cut before it is kept, so that what was not asked for is free again 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Int
@@ -17,6 +18,8 @@ MATRIX_HOOKS = ("hook_write", "hook_state")
 SCORE_HOOKS = ("hook_attn_scores", "hook_pattern")
 Indices = int | slice | Iterable[int] | Int[Tensor, "..."] | None
 """Which heads or positions: one, a slice, several, or None for all. The axis stays, also for one."""
+Index = SupportsIndex | slice | Iterable[int] | Int[Tensor, "..."]
+"""Which heads or positions are read: one, which drops the axis, a slice or several."""
 
 
 def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | None, names: list[str]) -> list[str]:
@@ -31,6 +34,15 @@ def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | Non
         if known is None:
             raise KeyError(f"names_filter: this run has {unknown_hook(name, names)}")
     return [name for name in names if name in set(found)]
+
+
+def missing(name: str) -> str:
+    """What to say of a hook's name that a cache does not hold."""
+    if name.endswith(MATRIX_HOOKS):
+        _, block, _, hook = name.split(".")
+        what = hook.removeprefix("hook_")
+        return f"{name} is not in the cache: cache.{what}({block}, head, pos) makes it, a names_filter with it keeps it"
+    return f"{name} is not in the cache: run_with_cache without a filter, or with one that keeps it"
 
 
 def indices(word: str, wanted: Indices, size: int) -> list[int]:
@@ -82,9 +94,9 @@ def absolute_positions(wanted: Indices, start: int, length: int) -> tuple[int, .
     return tuple(held)
 
 
-def _integers(word: str, wanted: Iterable[int] | int | Tensor) -> list[int]:
+def _integers(word: str, wanted: SupportsIndex | Iterable[int] | Tensor) -> list[int]:
     """A list of ints; a bool or a float is no index."""
-    given = torch.as_tensor(wanted if isinstance(wanted, int | Tensor) else list(wanted))
+    given = torch.as_tensor(wanted if hasattr(wanted, "__index__") else list(wanted))
     if given.numel() and (given.dtype == torch.bool or given.is_floating_point()):
         raise TypeError(f"a {word} must be an integer, got {given.dtype}")
     return [int(one) for one in given.reshape(-1)]
@@ -120,8 +132,10 @@ class Kept:
         dtype: torch.dtype | None = None,
     ) -> "Kept":
         """From what a user asks for; raises as `absolute_positions` and `indices` do."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"activations are kept as floats, got dtype {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(
+                f"activations are kept as floats, got dtype {dtype!r}; give one of torch's, such as torch.bfloat16"
+            )
         numbers = tuple(sorted(set(indices("head", heads, n_heads))))
         return Kept(start, length, n_heads, absolute_positions(positions, start, length), numbers, device, dtype)
 
@@ -159,7 +173,7 @@ class Kept:
                 raise IndexError(f"{word} {number} is not in the cache, which kept heads {_words(self.heads)}")
         return [self.heads.index(number) for number in numbers], tuple(numbers)
 
-    def places(self, word: str, index: int | slice) -> int | list[int]:
+    def places(self, word: str, index: Index) -> int | list[int]:
         """Where heads or positions (word) lie along the cached axis; an int gives an int.
 
         They are given as numbers of the layer's heads and of the call's positions; negative ones count from the end, and
@@ -167,19 +181,26 @@ class Kept:
 
         Raises:
             IndexError: one that the call did not have, or that was not kept.
+            TypeError: what is no integer.
         """
         held, size = (self.heads, self.n_heads) if word == "head" else (self.local, self.length)
-        if index == slice(None):
-            return list(range(len(held)))
-        if isinstance(index, int) and not -size <= index < size:
-            raise IndexError(f"{word} {index} is out of range: the cache holds {size}")
-        wanted = [index % size] if isinstance(index, int) else list(range(size))[index]
+        if isinstance(index, slice):
+            if index == slice(None):
+                return list(range(len(held)))
+            wanted = list(range(size))[index]
+        else:
+            wanted = _integers(word, index)
+            for one in wanted:
+                if not -size <= one < size:
+                    raise IndexError(f"{word} {one} is out of range: the cache holds {size}")
+            wanted = [one % size for one in wanted]
         for one in wanted:
             if one not in held:
                 where = f" of the call (absolute {self.start + one})" if word == "position" and self.start else ""
                 raise IndexError(f"{word} {one}{where} is not in the cache, which kept {word}s {_words(held)}")
         found = [held.index(one) for one in wanted]
-        return found[0] if isinstance(index, int) else found
+        single = hasattr(index, "__index__") and getattr(index, "ndim", 0) == 0
+        return found[0] if single else found
 
 
 class Recorder:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_recurrent.cache.saving import Indices
+from hooked_recurrent.cache.saving import Index, Indices
 from hooked_recurrent.factors import Factors, Read
 from hooked_recurrent.scan.adjoint import write_effects, write_gradients
 
@@ -21,9 +21,7 @@ ROLES = ("log_decay", "erase", "probe", "query")
 class WriteGradientMixin:
     """Gives a cache `write_grad` and `write_effect`; both need a run with `incl_bwd=True`."""
 
-    def write_grad(
-        self: Any, layer: int, head: int | slice, pos: int | slice
-    ) -> Float[Tensor, "batch *pos_head d_k d_v"]:
+    def write_grad(self: Any, layer: int, head: Index, pos: Index) -> Float[Tensor, "batch *pos_head d_k d_v"]:
         """Lambda_t, the gradient of what was differentiated with respect to the write at pos: [batch, (pos,) (head,) d_k, d_v].
 
         head and pos are those of `write`; an int drops its axis. It is recomputed from the factors, for these heads and
@@ -32,8 +30,8 @@ class WriteGradientMixin:
 
         Raises:
             KeyError: activations that the cache lacks, with the call that keeps them.
-            ValueError: a layer without matrix memory; one where a function changed states or reads, or whose later
-                positions were not kept.
+            ValueError: a layer without matrix memory; one where a function changed states or reads, or an edit the states
+                of these or later positions, or whose later positions were not kept.
             IndexError: heads or positions that the cache does not hold.
         """
         factors, read_grad = self._backward_factors(layer)
@@ -41,6 +39,7 @@ class WriteGradientMixin:
         some = [heads] if isinstance(heads, int) else heads
         wanted = [places] if isinstance(places, int) else places
         self._need_later_positions(wanted)
+        self._need_states_unedited(layer, wanted, some)
         found = write_gradients(factors.map(lambda tensor: tensor[:, :, some]), read_grad[:, :, some], wanted)
         none = factors.zero_state()[:, None, some][:, :0]
         stacked = torch.stack([found[place] for place in wanted], dim=1) if wanted else none
@@ -70,6 +69,7 @@ class WriteGradientMixin:
         factors, read_grad = self._backward_factors(layer)
         self._need_later_positions([0])
         places, _ = self.kept.head_places("head", heads)
+        self._need_states_unedited(layer, [0], places)
         factors, read_grad = factors.map(lambda tensor: tensor[:, :, places]), read_grad[:, :, places]
         key = _spread("key", key, factors.query)
         return write_effects(factors, read_grad, key, _spread("value", value, read_grad))
@@ -83,6 +83,18 @@ class WriteGradientMixin:
                 f"the gradient of the write at position {first} takes all later positions of the call, which were not all "
                 f"kept: run_with_cache(..., positions=slice({first}, None)) keeps them"
             )
+
+    def _need_states_unedited(self: Any, layer: int, places: list[int], heads: list[int]) -> None:
+        """What an edit leaves of a state is not in the factors; what it adds is a constant, which no gradient sees."""
+        numbers = {self.kept.heads[place] for place in heads}
+        for edit in self.state_edits(layer):
+            later = places and (edit.last_position is None or edit.last_position >= self.positions[min(places)])
+            if later and edit.op != "add" and edit.head in numbers:
+                name = f"blocks.{layer}.mixer.hook_write"
+                raise ValueError(
+                    f"{edit} changed states, so the factors do not tell what became of a write: "
+                    f"run_with_cache(..., incl_bwd=True, names_filter={name!r}) keeps its gradients, cache[{name + '_grad'!r}]"
+                )
 
     def _backward_factors(self: Any, layer: int) -> tuple[Factors, Read]:
         """The factors of all that is held, with no writes worth looking at, and the gradient of the reads."""

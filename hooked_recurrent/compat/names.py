@@ -47,6 +47,7 @@ def unknown_hook(name: str, names: Iterable[str]) -> str:
         elif f"blocks.{layer}.hook_resid_pre" in listed and word in ("resid_mid", "mlp_out"):
             hint = f": layer {layer} has no MLP; hook_resid_post follows its mixer"
     if not hint:
-        near = get_close_matches(name, listed, n=3)
+        short = [one for one in listed if one.endswith(f".hook_{name.removeprefix('hook_')}")]  # a name without its place
+        near = short[:1] or get_close_matches(name, listed, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; model.hook_dict lists them all"
     return f"no hook {name!r}{hint}"

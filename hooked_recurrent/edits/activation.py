@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent.edits.base import Edit, Rows, Stage
-from hooked_recurrent.edits.positions import Position, check_position
+from hooked_recurrent.edits.positions import Position
 from hooked_recurrent.hooks import RecurrentHookPoint
 
 ActivationOp = Literal["replace", "add", "scale"]
@@ -51,7 +51,7 @@ class ActivationEdit(Edit):
         if not isinstance(self.hook, str):
             raise TypeError(f"hook must be the name of a hook, got {type(self.hook).__name__}")
         self._check_choice("op", ActivationOp)
-        check_position(self.position, self.site)
+        self._settle()
         if isinstance(self.value, int | float):
             if not math.isfinite(self.value):
                 raise ValueError(f"the value of the edit at {self.where} is {self.value}, expected a finite number")

@@ -104,6 +104,14 @@ class Edit:
                 f"the {name} of the edit at {self.where} has shape {came}, which is not {expected}"
             ) from None
 
+    def _settle(self) -> None:
+        """Make lists, ranges and arrays of positions and rows tensors, which compare and save alike; check the positions."""
+        for name in ("position", "batch"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, int | slice | Tensor):
+                object.__setattr__(self, name, torch.as_tensor(given))
+        places.check_position(self.position, self.site)
+
     def _check_choice(self, name: str, choices: Any) -> None:
         given = getattr(self, name)
         if given not in get_args(choices):

@@ -7,7 +7,8 @@ At a position t the recurrence goes through three moments, and edits act in this
     carried     o_t has been read; only what comes later sees the change   both, reading "cache"
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent.edits.base import Edit
-from hooked_recurrent.edits.positions import check_position
 from hooked_recurrent.factors import Factors, State
 
 Op = Literal["replace", "add", "delete", "scale"]
 Reading = Literal["in_recurrence", "cache"]
+
+# The tensors of an edit, each with the number of its own axes, behind [rows, positions].
+OWN_AXES = {"key": 1, "value": 1, "matrix": 2}
 
 
 @dataclass
@@ -63,6 +66,19 @@ class MemoryEdit(Edit):
         """Change the state of a moment in place; `chosen` is the moment's index into this edit's positions."""
         raise NotImplementedError
 
+    def for_rows(self, rows: Sequence[int], batch: int) -> "MemoryEdit | None":
+        """The same edit in a batch made of these rows of one with `batch` rows; None where it edits none of them."""
+        mine = {row: place for place, row in enumerate(self.rows(batch).tolist())}
+        held = [(row, mine[old]) for row, old in enumerate(rows) if old in mine]
+        if not held:
+            return None
+        changed: dict[str, Any] = {"batch": None if self.batch is None else torch.tensor([row for row, _ in held])}
+        for name, axes in OWN_AXES.items():
+            given = getattr(self, name, None)
+            if given is not None and given.ndim == axes + 2 and len(given) > 1:
+                changed[name] = given[[place for _, place in held]]
+        return replace(self, **changed)
+
     @property
     def site(self) -> str:
         """The layer and the head in words."""
@@ -85,7 +101,7 @@ class MemoryEdit(Edit):
         """What both kinds ask of op, reading, positions and scale."""
         self._check_choice("op", Op)
         self._check_choice("reading", Reading)
-        check_position(self.position, self.site)
+        self._settle()
         self._check_scale()
 
     def _check_width(self, name: str, *widths: int) -> None:

@@ -24,8 +24,10 @@ def save_edits(path: str | Path, edits: Iterable[Edit]) -> Path:
     """Write edits to one safetensors file, atomically; `load_edits` gives back equal ones.
 
     Raises:
-        TypeError: for something that is none of the three kinds of edit.
+        TypeError: for something that is none of the three kinds of edit, or for a path that is none.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"save_edits takes the path first and then the edits, got {type(path).__name__} as path")
     tensors: dict[str, Tensor] = {}
     described = []
     for index, edit in enumerate(edits):

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.factors import Factors, Read, State
 from hooked_recurrent.memory.source import Indices, Source, one_hot_writes, open_memory
 from hooked_recurrent.memory.tables import long_table
@@ -27,8 +28,8 @@ from hooked_recurrent.scan.dispatch import scan
 BLOCK = 256
 
 
-@dataclass(frozen=True)
-class EffectiveAttention:
+@dataclass(frozen=True, repr=False)
+class EffectiveAttention(OneLine):
     """What every read is made of. Positions are counted from the first one of the run or factors that it came from."""
 
     heads: tuple[int, ...]

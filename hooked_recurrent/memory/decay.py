@@ -12,6 +12,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.memory.source import Indices, Source, kept_role, open_memory
 
@@ -29,8 +30,8 @@ def half_life_quartiles(log_decay: Float[np.ndarray, "tokens *rest"]) -> Float[n
         return math.log(2) / np.abs(rates)
 
 
-@dataclass(frozen=True)
-class HalfLives:
+@dataclass(frozen=True, repr=False)
+class HalfLives(OneLine):
     """The decay of some heads over a run, as half-lives in tokens."""
 
     layer: int | None

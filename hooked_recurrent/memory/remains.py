@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.memory.source import Indices, Source, indices, one_hot_writes, open_memory
 from hooked_recurrent.memory.tables import long_table
 from hooked_recurrent.scan.step import step_scan
 
 
-@dataclass(frozen=True)
-class Retention:
+@dataclass(frozen=True, repr=False)
+class Retention(OneLine):
     """How much of some writes is left, and whether it still is where it was written."""
 
     heads: tuple[int, ...]

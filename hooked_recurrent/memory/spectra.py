@@ -7,14 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.factors import State
 from hooked_recurrent.memory.source import Indices, Source, indices, open_memory
 from hooked_recurrent.memory.tables import long_table
 from hooked_recurrent.scan.dispatch import scan
 
 
-@dataclass(frozen=True)
-class Spectrum:
+@dataclass(frozen=True, repr=False)
+class Spectrum(OneLine):
     """Singular values of the states after some positions; every rank of an empty state is 0."""
 
     heads: tuple[int, ...]

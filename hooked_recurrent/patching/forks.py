@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Module
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.edits import Edit, WriteEdit
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.state import RecurrentState
@@ -25,8 +26,8 @@ from hooked_recurrent.validation import check_edits, check_tokens
 Intervention = tuple[Edit, ...]
 
 
-@dataclass(frozen=True)
-class Fork:
+@dataclass(frozen=True, repr=False)
+class Fork(OneLine):
     """What one intervention made of its text."""
 
     index: int
@@ -39,8 +40,8 @@ class Fork:
     """From that position to the horizon; with `last_only` at the horizon alone."""
 
 
-@dataclass(frozen=True)
-class Trunk:
+@dataclass(frozen=True, repr=False)
+class Trunk(OneLine):
     """What one plain pass over a text leaves for all forks of it; kept, it serves any number of calls of `run_edits`."""
 
     text: Int[Tensor, "one pos"]

@@ -34,12 +34,13 @@ def heat_map(
     down, across = (names[-2] if len(names) > 1 else None), names[-1]
     width, height = 2.2 + min(0.22 * panels.shape[2], 11), 1.4 + min(0.22 * panels.shape[1], 7)
     figure = Figure(figsize=(max(width, 4.5), len(panels) * max(height, 1.8)), layout="constrained")
-    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for index, (plot, panel) in enumerate(zip(grid, panels, strict=True)):
         image = plot.imshow(panel, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
         if len(names) == 3:
             plot.set_title(f"{names[0]} {axes[names[0]][index]}", fontsize=9)
-        _ticks(plot.xaxis, across, axes[across], labels)
+        if plot is grid[-1]:
+            _ticks(plot.xaxis, across, axes[across], labels)
         if down is None:
             plot.set_yticks([])
         else:

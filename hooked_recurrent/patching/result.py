@@ -13,13 +13,14 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hooked_recurrent.display import brief
 from hooked_recurrent.files import write_text
 from hooked_recurrent.patching.plots import heat_map
 
 FORMAT = "hooked_recurrent.sweep.v1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep:
     """The metric of every changed run, on named axes, beside those of the unchanged ones."""
 
@@ -132,3 +133,12 @@ class Sweep:
         """One number per row, in a shape that broadcasts to the axes."""
         shape = [len(along) if name == "row" else 1 for name, along in self.axes.items()]
         return torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+
+    def __repr__(self) -> str:
+        """One line: what was done, the axes with their sizes, and the metric of the unchanged runs."""
+        axes = ", ".join(f"{name} {len(along)}" for name, along in self.axes.items())
+        metrics = {"baseline": self.baseline, "target": self.target}
+        short = {name: brief(tuple(round(one, 4) for one in along)) for name, along in metrics.items() if along}
+        runs = ", ".join(f"{name}={numbers}" for name, numbers in short.items())
+        estimate = "" if self.estimate is None else ", with estimate"
+        return f"Sweep({self.kind!r}, site={self.site!r}, values [{axes}]{estimate}, {runs})"

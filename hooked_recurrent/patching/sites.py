@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_recurrent.cache import RecurrentCache
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.edits import ActivationEdit, Edit, StateEdit, WriteEdit
 from hooked_recurrent.edits.positions import Position
 from hooked_recurrent.edits.write import Form
@@ -21,8 +22,8 @@ from hooked_recurrent.edits.write import Form
 ROLES = ("log_decay", "erase", "probe", "write_key", "write_value", "query")
 
 
-@dataclass(frozen=True)
-class Values:
+@dataclass(frozen=True, repr=False)
+class Values(OneLine):
     """What stands at a site in one layer, or is to be put there, along the positions of a text."""
 
     value: Float[Tensor, "pos *head d"] | None = None

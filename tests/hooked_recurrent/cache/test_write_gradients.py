@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hooked_recurrent import WriteEdit, reads_only
+from hooked_recurrent import StateEdit, WriteEdit, reads_only
 from hooked_recurrent.scan.adjoint import adjoint_factors, write_effects, write_gradients
 from hooked_recurrent.scan.step import step_scan
 from tests.hooked_recurrent.models import (
@@ -270,3 +270,22 @@ def test_without_a_batch_axis_and_on_kept_positions():
         early.write_grad(1, 0, 4)
     with pytest.raises(ValueError, match=r"write at position 0 takes all later positions"):
         early.write_effect(1, key, value)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_gradient_is_made_up_where_an_edit_changed_states(rule):
+    """What it leaves of a state is not in the factors; what it adds changes no gradient, nor does what came before."""
+    model = model_of((rule, rule))
+    tokens, name = tokens_of(model), "blocks.0.mixer.hook_write"
+    matrix = torch.ones(3, 5, dtype=torch.float64)
+    edits = [StateEdit(0, 1, 5, "scale", scale=0.5), StateEdit(0, 2, 6, "add", matrix=matrix)]
+    cache, kept = (with_gradients(model, tokens, edits=edits, **o) for o in ({}, {"names_filter": name}))
+    gradient = kept[f"{name}_grad"]
+    for pos in (5, 2, slice(3, 8)):
+        with pytest.raises(ValueError, match=r"StateEdit.*changed states.*names_filter='blocks.0.mixer.hook_write'"):
+            cache.write_grad(0, 1, pos)
+    with pytest.raises(ValueError, match="StateEdit.*changed states"):
+        cache.write_effect(0, matrix[:, 0], matrix[0])
+    assert distance(cache.write_grad(0, 1, slice(6, None)), gradient[:, 6:, 1]) <= EXACT
+    assert distance(cache.write_grad(0, [0, 2, 3], ALL), gradient[:, :, [0, 2, 3]]) <= EXACT
+    assert cache.write_effect(0, matrix[:, 0], matrix[0], heads=[0, 2]).shape == (2, 12, 2)

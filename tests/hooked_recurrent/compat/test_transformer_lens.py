@@ -221,9 +221,7 @@ def test_names_that_are_none():
     model, (corrupted, cache, _) = model_of(), texts_of()
     with pytest.raises(KeyError, match="this model has no hook 'blocks.1.hook_write_key'; did you mean"):
         cache["write_key", 1]  # a softmax layer writes nothing
-    with pytest.raises(
-        KeyError, match="blocks.0.mixer.hook_write is not in the cache: run_with_cache without a filter, or"
-    ):
+    with pytest.raises(KeyError, match=r"blocks.0.mixer.hook_write is not in the cache: cache.write\(0, head, pos\) makes it"):
         cache["write", 0]
     with pytest.raises(
         KeyError, match="this run has no hook 'blocks.0.attn.hook_rot_q': layer 0 is recurrent"

@@ -1,5 +1,6 @@
 """Random edits of all three kinds, over LENGTH positions and BATCH rows, for tests that hold for any edit."""
 
+import random
 from functools import lru_cache
 
 import torch
@@ -30,6 +31,15 @@ def activations(layer_types):
 
 def random_tensor(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def made(kind, *args, **options):
+    """An edit made inside a strategy: the shape checks pick what they look at by `random`, whose state hypothesis guards."""
+    before = random.getstate()
+    try:
+        return kind(*args, **options)
+    finally:
+        random.setstate(before)
 
 
 @st.composite
@@ -67,7 +77,8 @@ def write_edits(draw, model):
         seed = draw(st.integers(0, 999))
         widths = {"key": cfg.d_k, "value": cfg.d_v}
         sides = {name: random_tensor(*lead, width, seed=seed) for name, width in widths.items()}
-    return WriteEdit(
+    return made(
+        WriteEdit,
         draw(st.sampled_from(cfg.recurrent_layers)),
         draw(st.integers(0, cfg.n_heads - 1)),
         position,
@@ -88,7 +99,8 @@ def state_edits(draw, model):
     matrix = None
     if op in ("replace", "add"):
         matrix = random_tensor(*lead, cfg.d_k, cfg.d_v, seed=draw(st.integers(0, 999)))
-    return StateEdit(
+    return made(
+        StateEdit,
         draw(st.sampled_from(cfg.recurrent_layers)),
         draw(st.integers(0, cfg.n_heads - 1)),
         position,
@@ -102,7 +114,7 @@ def state_edits(draw, model):
 
 @st.composite
 def activation_edits(draw, model, in_blocks=False):
-    shapes = activations(model.cfg.layer_types)
+    shapes = made(activations, model.cfg.layer_types)
     names = [name for name in shapes if name.startswith("blocks.") or not in_blocks]
     hook = draw(st.sampled_from(names))
     tail, head = shapes[hook], None
@@ -113,7 +125,7 @@ def activation_edits(draw, model, in_blocks=False):
     value = draw(st.sampled_from([0.5, 1.5]))
     if op != "scale" and draw(st.booleans()):
         value = random_tensor(*lead, *tail, seed=draw(st.integers(0, 999)))
-    return ActivationEdit(hook, position, value, head, rows, op)
+    return made(ActivationEdit, hook, position, value, head, rows, op)
 
 
 def any_edits(model):

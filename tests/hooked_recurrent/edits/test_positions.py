@@ -1,5 +1,6 @@
 """One value per position: each call takes those of its own positions, in whatever order an edit names them."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +32,13 @@ def test_every_call_takes_the_values_of_its_positions(layer_types, position):
         first, state = model(tokens[:, :8], edits=[edit], return_state=True)
         rest = model(tokens[:, 8:], state=state, edits=[edit])
         assert distance(torch.cat([first, rest], dim=1), expected) <= 1e-9
+
+
+def test_lists_ranges_and_arrays_of_positions_are_tensors(as_users_run):
+    """So that such edits are equal, can be hashed, and come back from a file as they were."""
+    edits = [WriteEdit(0, 1, wanted, "delete", batch=[0, 1]) for wanted in ([2, 3], range(2, 4), np.array([2, 3]))]
+    edits.append(WriteEdit(0, 1, torch.tensor([2, 3]), "delete", batch=torch.tensor([0, 1])))
+    assert len(set(edits)) == 1
+    assert ActivationEdit("hook_embed", [2, 3], 0.0) == ActivationEdit("hook_embed", torch.tensor([2, 3]), 0.0)
+    with pytest.raises(TypeError, match="positions must be integers"):
+        WriteEdit(0, 1, [0.5], "delete")

@@ -182,3 +182,8 @@ def test_a_file_with_something_unknown_is_refused(tmp_path, case, as_users_run):
     assert set(load_file(path)) == set(tensors)
     with pytest.raises(ValueError, match=words):
         load_edits(path)
+
+
+def test_the_path_comes_first(tmp_path, as_users_run):
+    with pytest.raises(TypeError, match="save_edits takes the path first and then the edits, got list as path"):
+        save_edits([WriteEdit(0, 0, 3, "delete")], tmp_path / "edits")

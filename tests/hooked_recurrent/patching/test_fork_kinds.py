@@ -12,6 +12,7 @@ from hooked_recurrent.patching import run_edits
 from tests.hooked_recurrent.edits.draws import (
     LENGTH,
     activation_edits,
+    made,
     model_of,
     random_tensor,
     state_edits,
@@ -28,7 +29,7 @@ def interventions(draw, model):
     kinds = st.one_of(write_edits(model), state_edits(model), activation_edits(model, in_blocks=True))
     one_row = kinds.filter(lambda edit: isinstance(edit.batch, int))
     some = draw(st.lists(st.lists(one_row, min_size=1, max_size=2), min_size=1, max_size=4))
-    return [[replace(edit, batch=edits[0].batch) for edit in edits] for edits in some]
+    return [[made(replace, edit, batch=edits[0].batch) for edit in edits] for edits in some]
 
 
 @pytest.mark.parametrize("name", STACKS)
