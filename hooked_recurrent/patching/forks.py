@@ -215,7 +215,6 @@ class _Plan:
     last_only: bool
     done: frozenset[int]
 
-    @torch.no_grad()
     def run(
         self, jobs: list[_Job], trunk: Trunk | None, on_progress: Callable[[int, int], None] | None
     ) -> Iterator[Fork]:
@@ -257,7 +256,8 @@ class _Plan:
                 start, last = state.position, positions[-1]
                 taken = {start: state}
                 if last > start:
-                    taken = self.model.snapshots(text[:, start:last], positions, state=state)
+                    with torch.no_grad():  # here and not around the generator, whose consumer keeps its own mode
+                        taken = self.model.snapshots(text[:, start:last], positions, state=state)
             yield taken, [job for _, here in now for job in here]
             state = taken[positions[-1]]
 
@@ -297,15 +297,16 @@ class _Plan:
         first = ends - 1 if self.last_only else torch.tensor([job.position for job in batch.jobs]) - batch.start
         count = int((ends - first).max())
         layer, here = batch.jobs[0].layer, slice(batch.start, batch.end)
-        logits = self.model.run_from(
-            layer,
-            trunk.inputs[layer][:, here],
-            state,
-            rows=len(batch.jobs),
-            shared={name: tensor[:, here] for name, tensor in trunk.shared.items()},
-            edits=edits,
-            at=(first[:, None] + torch.arange(count)).clamp(max=batch.length - 1).to(self.tokens.device),
-        )
+        with torch.no_grad():
+            logits = self.model.run_from(
+                layer,
+                trunk.inputs[layer][:, here],
+                state,
+                rows=len(batch.jobs),
+                shared={name: tensor[:, here] for name, tensor in trunk.shared.items()},
+                edits=edits,
+                at=(first[:, None] + torch.arange(count)).clamp(max=batch.length - 1).to(self.tokens.device),
+            )
         for job, made, length in zip(batch.jobs, logits, (ends - first).tolist(), strict=True):
             if job.index not in self.done:
                 yield Fork(job.index, job.row, job.position, made[:length])
