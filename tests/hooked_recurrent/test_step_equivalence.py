@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.hooked_recurrent.edits.draws import BATCH, LENGTH, any_edits, model_of
+from tests.hooked_recurrent.edits.draws import BATCH, LENGTH, any_edits, composite, model_of
 from tests.hooked_recurrent.models import HYBRID, RULES, distance, over_stacks, tokens_of
 
 TOLERANCE = 1e-9
@@ -79,7 +79,7 @@ def assert_same_run(whole, pieces):
             assert distance(other.tensors()[field], tensor) <= TOLERANCE, field
 
 
-@st.composite
+@composite
 def scenarios(draw, layer_types, max_hooks=5):
     """A model, hook functions, edits, a split and what to cache."""
     model = model_of(layer_types, draw(st.integers(0, 3)))

@@ -1,7 +1,7 @@
 """Random edits of all three kinds, over LENGTH positions and BATCH rows, for tests that hold for any edit."""
 
 import random
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from hypothesis import strategies as st
@@ -33,16 +33,21 @@ def random_tensor(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def made(kind, *args, **options):
-    """An edit made inside a strategy: the shape checks pick what they look at by `random`, whose state hypothesis guards."""
-    before = random.getstate()
-    try:
-        return kind(*args, **options)
-    finally:
-        random.setstate(before)
+def composite(function):
+    """st.composite for what calls the library: its shape checks pick items by `random`, whose state hypothesis guards."""
+
+    @wraps(function)
+    def drawn(draw, *args, **options):
+        before = random.getstate()
+        try:
+            return function(draw, *args, **options)
+        finally:
+            random.setstate(before)
+
+    return st.composite(drawn)
 
 
-@st.composite
+@composite
 def positions(draw):
     """(position, how many these are)."""
     where = draw(st.sampled_from(["int", "slice", "stride", "open", "tensor"]))
@@ -57,7 +62,7 @@ def positions(draw):
     return position, 1 if where == "int" else len(torch.arange(LENGTH)[position])
 
 
-@st.composite
+@composite
 def places(draw):
     """position, rows, and a shape in front of what is put there."""
     position, count = draw(positions())
@@ -66,7 +71,7 @@ def places(draw):
     return position, rows, draw(st.sampled_from([(), (count,), (1, count), (n_rows, 1), (n_rows, count)]))
 
 
-@st.composite
+@composite
 def write_edits(draw, model):
     cfg = model.cfg
     op = draw(st.sampled_from(["replace", "add", "delete", "scale"]))
@@ -77,8 +82,7 @@ def write_edits(draw, model):
         seed = draw(st.integers(0, 999))
         widths = {"key": cfg.d_k, "value": cfg.d_v}
         sides = {name: random_tensor(*lead, width, seed=seed) for name, width in widths.items()}
-    return made(
-        WriteEdit,
+    return WriteEdit(
         draw(st.sampled_from(cfg.recurrent_layers)),
         draw(st.integers(0, cfg.n_heads - 1)),
         position,
@@ -91,7 +95,7 @@ def write_edits(draw, model):
     )
 
 
-@st.composite
+@composite
 def state_edits(draw, model):
     cfg = model.cfg
     op = draw(st.sampled_from(["replace", "add", "delete", "scale"]))
@@ -99,8 +103,7 @@ def state_edits(draw, model):
     matrix = None
     if op in ("replace", "add"):
         matrix = random_tensor(*lead, cfg.d_k, cfg.d_v, seed=draw(st.integers(0, 999)))
-    return made(
-        StateEdit,
+    return StateEdit(
         draw(st.sampled_from(cfg.recurrent_layers)),
         draw(st.integers(0, cfg.n_heads - 1)),
         position,
@@ -112,9 +115,9 @@ def state_edits(draw, model):
     )
 
 
-@st.composite
+@composite
 def activation_edits(draw, model, in_blocks=False):
-    shapes = made(activations, model.cfg.layer_types)
+    shapes = activations(model.cfg.layer_types)
     names = [name for name in shapes if name.startswith("blocks.") or not in_blocks]
     hook = draw(st.sampled_from(names))
     tail, head = shapes[hook], None
@@ -125,7 +128,7 @@ def activation_edits(draw, model, in_blocks=False):
     value = draw(st.sampled_from([0.5, 1.5]))
     if op != "scale" and draw(st.booleans()):
         value = random_tensor(*lead, *tail, seed=draw(st.integers(0, 999)))
-    return made(ActivationEdit, hook, position, value, head, rows, op)
+    return ActivationEdit(hook, position, value, head, rows, op)
 
 
 def any_edits(model):

@@ -12,7 +12,7 @@ from hooked_recurrent.patching import run_edits
 from tests.hooked_recurrent.edits.draws import (
     LENGTH,
     activation_edits,
-    made,
+    composite,
     model_of,
     random_tensor,
     state_edits,
@@ -23,13 +23,13 @@ from tests.hooked_recurrent.models import HYBRID, STACKS, distance, over_stacks,
 EXACT = 1e-9
 
 
-@st.composite
+@composite
 def interventions(draw, model):
     """Several, each of one or two edits of a single row; what is drawn for several rows is made to fit one."""
     kinds = st.one_of(write_edits(model), state_edits(model), activation_edits(model, in_blocks=True))
     one_row = kinds.filter(lambda edit: isinstance(edit.batch, int))
     some = draw(st.lists(st.lists(one_row, min_size=1, max_size=2), min_size=1, max_size=4))
-    return [[made(replace, edit, batch=edits[0].batch) for edit in edits] for edits in some]
+    return [[replace(edit, batch=edits[0].batch) for edit in edits] for edits in some]
 
 
 @pytest.mark.parametrize("name", STACKS)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hooked_recurrent import WriteEdit
 from hooked_recurrent.patching import Trunk, run_edits
-from tests.hooked_recurrent.edits.draws import made
+from tests.hooked_recurrent.edits.draws import composite
 from tests.hooked_recurrent.models import HYBRID, STACKS, distance, tiny_model, tokens_of
 
 EXACT = 1e-9  # float64
@@ -31,10 +31,10 @@ def edit_of(model, draw, position, row):
         sides = {name: torch.randn(d, generator=generator, dtype=torch.float64) for name, d in widths.items()}
     if op == "scale":
         sides = {"scale": draw(st.sampled_from([-1.0, 0.5, 2.0]))}
-    return made(WriteEdit, layer, head, position, op, batch=row, **sides)
+    return WriteEdit(layer, head, position, op, batch=row, **sides)
 
 
-@st.composite
+@composite
 def interventions(draw, model, horizon):
     some = []
     for _ in range(draw(st.integers(1, 6))):
