@@ -1,7 +1,5 @@
 """What forks share a batch, a model and a trunk with, and what must not matter to them."""
 
-from itertools import zip_longest
-
 import pytest
 import torch
 
@@ -93,12 +91,12 @@ def test_the_consumer_may_use_the_model_between_forks(layer_types):
     model = tiny_model(layer_types, seed=1)
     text, other = tokens_of(model, length=LENGTH)[:1], tokens_of(model, 2, 5, seed=9)
     some = deletes(model, [2, 7])
-    expected = [fork.logits for fork in run_edits(model, text, some, horizon=None)]
-    for fork, wanted in zip_longest(run_edits(model, text, some, horizon=None, memory=1), expected):
+    expected = {fork.index: fork.logits for fork in run_edits(model, text, some, horizon=None)}
+    for fork in run_edits(model, text, some, horizon=None, memory=1):
         assert torch.is_grad_enabled() and not fork.logits.requires_grad
         model.run_with_hooks(other, fwd_hooks=[("blocks.0.hook_resid_pre", lambda tensor, hook: tensor * 0)])
         assert model(other).requires_grad and model.clock.positions.tolist() == list(range(5))
-        assert distance(fork.logits, wanted) <= EXACT
+        assert distance(fork.logits, expected[fork.index]) <= EXACT
 
 
 def test_an_abandoned_run_leaves_nothing_behind():
@@ -109,7 +107,7 @@ def test_an_abandoned_run_leaves_nothing_behind():
     running = run_edits(model, text, some, horizon=None, memory=1)
     next(running)
     running.close()
-    with pytest.raises(ValueError, match="returned NoneType|expected a tensor|boom"):
+    with pytest.raises(ValueError, match="boom"):
         with model.hooks(fwd_hooks=[("blocks.2.hook_resid_mid", _fails)]):
             list(run_edits(model, text, some))
     assert not any(point.in_use for point in model.hook_dict.values())
