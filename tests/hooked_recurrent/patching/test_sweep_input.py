@@ -155,5 +155,6 @@ def test_every_mean_of_every_kind_of_axes(axes, model):
 def test_a_row_that_cannot_be_recovered(model):
     corrupted, clean = texts(model, rows=2)
     corrupted[1] = clean[1]
-    sweep = activation_patching(model, corrupted, clean, lambda x: float(x[0, -1, 3] > 9) + len(x), layers=[0])
+    sweep = activation_patching(model, corrupted, clean, lambda x: round(float(metric(x)), 3), layers=[0])
+    assert [sweep.target[row] == sweep.baseline[row] for row in (0, 1)] == [False, True]
     assert list(sweep.to_dataframe().columns) == ["row", "layer", "position", "metric", "effect"]
