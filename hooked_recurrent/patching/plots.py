@@ -32,19 +32,20 @@ def heat_map(
     bound = float(np.nanmax(np.abs(shown), initial=0.0)) or 1.0
     panels = shown if len(names) == 3 else shown[None] if len(names) == 2 else shown[None, None]
     down, across = (names[-2] if len(names) > 1 else None), names[-1]
-    width, height = 2.2 + min(0.22 * panels.shape[2], 11), 1.4 + min(0.22 * panels.shape[1], 7)
-    figure = Figure(figsize=(max(width, 4.5), len(panels) * max(height, 1.8)), layout="constrained")
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    width, height = 2.2 + min(0.22 * panels.shape[2], 11), max(0.5 + min(0.22 * panels.shape[1], 7), 0.9)
+    below = 0.9 + (0.06 * max(map(len, labels), default=0) if "position" in names and labels is not None else 0.3)
+    figure = Figure(figsize=(max(width, 4.5), len(panels) * height + below), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for index, (plot, panel) in enumerate(zip(grid, panels, strict=True)):
         image = plot.imshow(panel, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
         if len(names) == 3:
             plot.set_title(f"{names[0]} {axes[names[0]][index]}", fontsize=9)
-        if plot is grid[-1]:
-            _ticks(plot.xaxis, across, axes[across], labels)
+        _ticks(plot.xaxis, across, axes[across], labels)
         if down is None:
             plot.set_yticks([])
         else:
             _ticks(plot.yaxis, down, axes[down], labels)
+        plot.label_outer()  # what is across stands once, below the lowest panel
     figure.suptitle(title)
     figure.colorbar(image, ax=grid.tolist(), shrink=0.8)
     return figure

@@ -311,7 +311,11 @@ class _Plan:
         """Run every change; `values(layer, row)` says what is put there, None that nothing is left there."""
         baseline = self.unchanged(self.tokens)
         axes = self.axes
-        about: dict[str, Any] = {"kind": self.kind, "site": self.site.name, "axes": {n: list(a) for n, a in axes.items()}}
+        about: dict[str, Any] = {
+            "kind": self.kind,
+            "site": self.site.name,
+            "axes": {n: list(a) for n, a in axes.items()},
+        }
         about |= {"tokens": _digest(self.tokens), "source": self.source, **self.settings}
         about |= {"form": self.options.form, "logits": self.options.logits, "model": self.model.cfg.model_name}
         about |= {"heads": self.heads}

@@ -115,7 +115,9 @@ def test_the_last_block_runs_where_it_is_asked(name, entered, monkeypatch):
 
 
 @over_stacks
-@pytest.mark.parametrize("where", ["blocks.{last}.hook_mixer_out", "blocks.{last}.hook_resid_post", "ln_final.hook_scale"])
+@pytest.mark.parametrize(
+    "where", ["blocks.{last}.hook_mixer_out", "blocks.{last}.hook_resid_post", "ln_final.hook_scale"]
+)
 def test_a_hook_at_the_end_sees_every_position(layer_types, where):
     model = model_of(layer_types)
     text, seen = tokens_of(model, length=LENGTH)[:1], []
