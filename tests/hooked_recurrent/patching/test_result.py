@@ -59,13 +59,9 @@ def test_heat_map_shows_the_numbers(axes):
         numbers = expected.get(what, sweep.estimate)
         assert torch.equal(torch.stack([torch.tensor(panel) for panel in shown]).flatten(), numbers.flatten())
     if "position" in sweep.axes:
-<<<<<<< HEAD
-        ticks = [label.get_text() for label in figure.axes[len(shown) - 1].get_xticklabels()]
-=======
         *others, lowest = [axes for axes in figure.axes if axes.get_images()]
         assert not any(panel.get_xticklabels() for panel in others)
         ticks = [label.get_text() for label in lowest.get_xticklabels()]
->>>>>>> wt-review
         assert ticks == [f"{place} {labels[place]!r}" for place in sweep.axes["position"]]
     figure.canvas.draw()
     with pytest.raises(ValueError, match="there is no 'effects' to draw"):
