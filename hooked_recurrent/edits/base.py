@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_recurrent.edits import positions as places
+import hooked_recurrent.edits.positions as places
 from hooked_recurrent.edits.positions import Position
 
 Rows = int | Int[Tensor, "rows"] | None
