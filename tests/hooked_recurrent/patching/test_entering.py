@@ -53,7 +53,7 @@ def test_a_fan_and_rows_with_a_hook_are_both_the_full_pass(layer_types, fans):
         rows = []
         name = f"blocks.{layer}.mixer.hook_read"
         last = layer == model.cfg.n_layers - 1  # the second edit sits in the entering block, and forbids the fan
-        for hooks in ([], [(name, lambda tensor, hook: rows.append(len(tensor)))]):
+        for hooks in ([], [(name, lambda tensor, hook, rows=rows: rows.append(len(tensor)))]):
             fans.clear()
             with model.hooks(fwd_hooks=hooks):
                 forks = {fork.index: fork for fork in run_edits(model, text, some, horizon=None)}
