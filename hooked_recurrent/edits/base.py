@@ -1,6 +1,7 @@
 """What every edit is: some positions and rows of a text, what happens there, and one line that says so."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, Field, fields
@@ -17,7 +18,7 @@ Rows = int | Int[Tensor, "rows"] | None
 Stage = Literal["activation", "write", "state", "carried"]
 
 
-class Edit:
+class Edit(ABC):
     """Base of all edits, which are frozen dataclasses: equal where every field is, tensors by their entries."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # so that type checkers know what `replace` may take
@@ -33,14 +34,14 @@ class Edit:
     """Batch rows to edit; None edits all."""
 
     @property
+    @abstractmethod
     def stage(self) -> Stage:
         """When it acts: at a hook (activation), on a write, on a state before it is read, or after (carried)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def site(self) -> str:
         """What it changes, in words."""
-        raise NotImplementedError
 
     @property
     def where(self) -> str:

@@ -7,6 +7,7 @@ At a position t the recurrence goes through three moments, and edits act in this
     carried     o_t has been read; only what comes later sees the change   both, reading "cache"
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -62,9 +63,9 @@ class MemoryEdit(Edit):
     head: int
     reading: Reading
 
+    @abstractmethod
     def act(self, moment: Moment, chosen: Int[Tensor, "one"]) -> None:
         """Change the state of a moment in place; `chosen` is the moment's index into this edit's positions."""
-        raise NotImplementedError
 
     def for_rows(self, rows: Sequence[int], batch: int) -> "MemoryEdit | None":
         """The same edit in a batch made of these rows of one with `batch` rows; None where it edits none of them."""

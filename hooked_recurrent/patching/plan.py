@@ -178,8 +178,11 @@ class SweepPlan:
         return full if len(self.tokens) > 1 else full[0]
 
     @torch.no_grad()
-    def sweep(self, values: Callable[[int, int], Values | None], estimate: Tensor | None = None) -> Sweep:
-        """Run every change; `values(layer, row)` says what is put there, None that nothing is left there."""
+    def sweep(self, values: Callable[[int, int], Values | None], attributed: RecurrentCache | None = None) -> Sweep:
+        """Run every change; `values(layer, row)` says what is put there, None that nothing is left there.
+
+        With `attributed`, the cache of a clean run, the estimates stand beside.
+        """
         baseline = self.unchanged(self.tokens)
         axes = self.axes
         about: dict[str, Any] = {
@@ -191,6 +194,7 @@ class SweepPlan:
         about |= {"form": self.options.form, "logits": self.options.logits, "model": self.model.cfg.model_name}
         about |= {"heads": self.heads}
         record = Record(self.options.record, about, {"unchanged": baseline, "clean": self.target})
+        estimate = None if attributed is None else self.first_order(attributed)
         shape = [len(along) for along in axes.values()]
         numbering = torch.arange(torch.Size(shape).numel()).reshape(len(self.tokens), len(self.layers), -1)
         with Progress(disable=not self.options.progress) as bar:
@@ -215,8 +219,7 @@ class SweepPlan:
         text = self.tokens[row : row + 1]
         last = self.options.logits == "last"
         plain = None if last else self.model(text)[0]
-        first = [min(self.positions) if "position" in self.options.axes else 0]
-        trunk = Trunk.grow(self.model, text, first)
+        trunk = Trunk.grow(self.model, text, self._starts())
         for layer, numbers in zip(self.layers, numbering.tolist(), strict=True):
             done = {place for place, index in enumerate(numbers) if index in record.values}
             if len(done) == len(numbers):
@@ -247,6 +250,14 @@ class SweepPlan:
             finally:  # a kill in the middle of a batch costs nothing that was measured
                 if fresh:
                     record.add(fresh)
+
+    def _starts(self) -> list[int]:
+        """Where the trunk keeps a state: wherever a run begins, so that no layer makes them anew, if `memory` holds them."""
+        if "position" not in self.options.axes:
+            return [0]
+        cfg, starts = self.model.cfg, sorted(self.positions)
+        one = len(cfg.recurrent_layers) * cfg.n_heads * cfg.d_k * cfg.d_v * self.model.W_E.element_size()
+        return starts if len(starts) * one <= self.options.memory else starts[:1]
 
     def _changes(self, layer: int, values: Values | None) -> list[list[Edit]]:
         """What is done in each run of a layer, in the order of the axes behind the layer's."""

@@ -50,8 +50,8 @@ def activation_patching(
         ValueError, IndexError, TypeError: before anything runs, for texts, a site, axes or numbers that do not fit.
     """
     plan, cache = _pair(model, corrupted, clean, metric, site, options)
-    estimate = plan.first_order(cache) if attribution else None
-    return plan.sweep(lambda layer, row: plan.site.read(cache, layer, row), estimate)
+    attributed = cache if attribution else None
+    return plan.sweep(lambda layer, row: plan.site.read(cache, layer, row), attributed)
 
 
 def attribution_patching(
