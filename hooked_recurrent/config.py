@@ -14,6 +14,8 @@ import torch
 ATTENTION = "attention"
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "channel_mix")
+BACKENDS = ("auto", "step", "chunked", "triton")
+"""The scans; see scan/dispatch.py."""
 
 
 class StrictConfig:
@@ -117,12 +119,18 @@ class ModelConfig(StrictConfig):
     """The longest context that the model was made for; nothing here enforces it on recurrent layers."""
     model_name: str = "unnamed"
     """Where the weights came from."""
+    backend: str = "auto"
+    """Which scan runs where a call names none: "auto", or "step", "chunked" or "triton" by force."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
         require_positive("ModelConfig", d_model=self.d_model, d_vocab=self.d_vocab, n_layers=self.n_layers)
         require_positive("ModelConfig", norm_eps=self.norm_eps, d_mlp=1 if self.d_mlp is None else self.d_mlp)
-        for field, value, kinds in (("norm", self.norm, NORMS), ("mlp", self.mlp, MLPS)):
+        for field, value, kinds in (
+            ("norm", self.norm, NORMS),
+            ("mlp", self.mlp, MLPS),
+            ("backend", self.backend, BACKENDS),
+        ):
             if value not in kinds:
                 raise ValueError(f"{field} must be {' or '.join(map(repr, kinds))}, got {value!r}")
         known = (self.mixer.rule, ATTENTION)

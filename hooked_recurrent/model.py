@@ -123,7 +123,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         return_state: bool = False,
         edits: Iterable[Edit] = (),
         loss_per_token: bool = False,
-        backend: str = "auto",
+        backend: str | None = None,
         stop_at_layer: int | None = None,
         last_only: bool = False,
     ) -> Any:
@@ -137,7 +137,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             return_state: return (output, state after the last token).
             edits: changes to writes, states or activations, at absolute positions. With `state` or `return_state`, positions
                 outside this call are left to the other calls; without, they are an error.
-            backend: which scan, "auto", "step" or "chunked".
+            backend: which scan, "auto", "step", "chunked" or "triton"; `cfg.backend` by default.
             stop_at_layer: run the blocks below this one only and return the residual stream [batch, pos, d_model] that it
                 would read (hook_resid_post of the one below; for 0, hook_embed). Negative ones count from the end; the
                 number of layers runs all blocks. It goes with return_type "logits" (the default, which then gives the
@@ -192,7 +192,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
                     f"snapshot at {position} is out of range: the text spans {start} to {start + tokens.shape[1]}"
                 )
         stops = tuple(dict.fromkeys([*(position - start for position in wanted), tokens.shape[1]]))
-        _, states = self._run(tokens, state, check_edits(edits), stops, "auto", False)
+        _, states = self._run(tokens, state, check_edits(edits), stops, None, False)
         return {taken.position: taken for taken in states if taken.position in wanted}
 
     def _tokens(self, input: Any, prepend_bos: bool | None = None) -> Tensor:
@@ -206,7 +206,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         state: RecurrentState | None,
         edits: tuple[Edit, ...],
         stops: tuple[int, ...],
-        backend: str,
+        backend: str | None,
         whole_text: bool,
         last: int | None = None,
     ) -> tuple[Tensor, list[RecurrentState]]:
@@ -219,7 +219,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         check_state(state, list(self.blocks), tokens.shape[0])
         for edit in edits:
             edit.check(self, tokens.shape[1] if whole_text else None)
-        call = Call(self.clock, edits, stops, backend=backend)
+        call = Call(self.clock, edits, stops, backend=backend or self.cfg.backend)
         with self.clock.running(state.position, tokens.shape[1]), attached(self, edits):
             resid = self.embed(tokens)
             resid = self.hook_embed(resid if self.ln_embed is None else self.ln_embed(resid))
@@ -264,7 +264,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         shared: Mapping[str, Tensor] | None = None,
         edits: Iterable[Edit] = (),
         at: Int[Tensor, "rows some"] | None = None,
-        backend: str = "auto",
+        backend: str | None = None,
     ) -> Float[Tensor, "rows some d_vocab"]:
         """Logits of a run that enters at a layer, for an intervention that leaves everything below as it was.
 
@@ -293,7 +293,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         below = (LayerState(),) * layer
         state = RecurrentState((*below, *state.layers[layer:]), state.position)
         check_state(state, list(self.blocks), resid.shape[0])
-        call = Call(self.clock, checked, backend=backend, shared=dict(shared or {}))
+        call = Call(self.clock, checked, backend=backend or self.cfg.backend, shared=dict(shared or {}))
         with self.clock.running(state.position, resid.shape[1]), attached(self, checked):
             if rows is not None and self.blocks[layer].can_fan_out:
                 call.rows = rows

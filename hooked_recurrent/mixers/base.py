@@ -107,6 +107,13 @@ class RecurrentMixer(nn.Module, ABC):
         """Channels to heads of this width."""
         return x.unflatten(-1, (-1, width))
 
+    @staticmethod
+    def per_value_head(
+        x: Float[Tensor, "batch pos key_head d_k"], repeats: int
+    ) -> Float[Tensor, "batch pos head d_k"]:
+        """Each key head once per value head that shares it; a view where one serves all (hooks that edit get a copy)."""
+        return x[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
+
     @property
     def W_O(self) -> Float[Tensor, "head d_v d_model"]:
         """The output projection per head."""

@@ -91,7 +91,7 @@ class GatedDeltaNet(RecurrentMixer):
         mixed, padded = self.conv(self.qkv(x), state.conv_tail)
         query, key, value = mixed.split([self.key_width, self.key_width, cfg.n_heads * cfg.d_v], dim=-1)
         expand = cfg.n_heads // cfg.n_key_heads
-        query, key = (self.heads(side, cfg.d_k).repeat_interleave(expand, dim=2) for side in (query, key))
+        query, key = (self.per_value_head(self.heads(side, cfg.d_k), expand) for side in (query, key))
         query, key, value = self.hook_q(query), self.hook_k(key), self.hook_v(self.heads(value, cfg.d_v))
         beta = self.hook_beta(self.beta(x).sigmoid())
         wide = state_dtype(x.dtype)

@@ -118,7 +118,7 @@ class Mamba2(RecurrentMixer):
         mixed, padded = self.conv(self.vkq(x), state.conv_tail)
         value, key, query = mixed.split([self.value_width, self.key_width, self.key_width], dim=-1)
         per_group = cfg.n_heads // cfg.n_groups
-        query, key = (side.unflatten(-1, (-1, cfg.d_k)).repeat_interleave(per_group, dim=2) for side in (query, key))
+        query, key = (self.per_value_head(self.heads(side, cfg.d_k), per_group) for side in (query, key))
         query, key = self.hook_q(query), self.hook_k(key)
         value = self.hook_v(value.unflatten(-1, (-1, cfg.d_v)))
         wide = state_dtype(x.dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hooked_recurrent import GatedDeltaNetConfig, HookedRecurrentModel, ModelConfig, WriteEdit
+from hooked_recurrent.mixers import base
 from hooked_recurrent.model import next_token_loss
 from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, distance, over_stacks, tiny_config, tiny_model, tokens_of
 
@@ -215,3 +216,24 @@ def test_configs_refuse_unknown_keys_and_go_to_plain_values():
     cfg = tiny_config(HYBRID)
     assert (cfg.n_layers, cfg.n_heads, cfg.d_k, cfg.d_v, cfg.d_head, cfg.recurrent_layers) == (3, 4, 3, 5, 5, (0, 2))
     assert tiny_config(ALL_LINEAR).attention is None
+
+
+@pytest.mark.parametrize("backend", ["step", "chunked"])
+def test_the_config_or_the_call_names_the_scan(backend, monkeypatch):
+    model = tiny_model(ALL_LINEAR)
+    ran = []
+    original = base.edited_scan
+
+    def watched(*args, **options):
+        ran.append(options["backend"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(base, "edited_scan", watched)
+    tokens = torch.arange(6)[None]
+    model(tokens)
+    model(tokens, backend=backend)
+    model.cfg = replace(model.cfg, backend=backend)
+    model(tokens)
+    assert set(ran[: len(ran) // 3]) == {"auto"} and set(ran[len(ran) // 3 :]) == {backend}
+    with pytest.raises(ValueError, match="backend must be 'auto' or 'step' or 'chunked' or 'triton', got 'fast'"):
+        replace(model.cfg, backend="fast")

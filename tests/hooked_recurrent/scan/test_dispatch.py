@@ -11,7 +11,7 @@ from tests.hooked_recurrent.models import distance, random_factors, random_state
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="unknown scan backend 'fast'; expected one of auto, step, chunked"):
+    with pytest.raises(ValueError, match="unknown scan backend 'fast'; expected one of auto, step, chunked, triton"):
         scan(random_factors(), backend="fast")
 
 
@@ -30,15 +30,19 @@ def test_a_chunk_has_at_least_one_position():
 
 @pytest.mark.parametrize(
     ("length", "asked", "expected"),
-    [(1, {}, "step"), (2, {}, "chunked"), (9, {"backend": "step"}, "step"), (1, {"backend": "chunked"}, "chunked")],
+    [
+        (1, {}, "decode_step"),
+        (1, {"want_state": False}, "chunked_scan"),
+        (2, {}, "chunked_scan"),
+        (9, {"backend": "step"}, "step_scan"),
+        (1, {"backend": "chunked"}, "chunked_scan"),
+    ],
 )
-def test_auto_steps_single_tokens_and_chunks_the_rest(monkeypatch, length, asked, expected):
+def test_auto_decodes_single_tokens_and_chunks_the_rest(monkeypatch, length, asked, expected):
     ran = []
-    for name in ("step", "chunked"):
-        original = getattr(dispatch, f"{name}_scan")
-        monkeypatch.setattr(
-            dispatch, f"{name}_scan", lambda *a, n=name, o=original, **k: (ran.append(n), o(*a, **k))[1]
-        )
+    for name in ("step_scan", "decode_step", "chunked_scan"):
+        original = getattr(dispatch, name)
+        monkeypatch.setattr(dispatch, name, lambda *a, n=name, o=original, **k: (ran.append(n), o(*a, **k))[1])
     scan(random_factors(length), **asked)
     assert ran == [expected]
 
@@ -74,6 +78,33 @@ def test_written_matrices_take_the_place_of_the_factors():
     assert distance(state, native) > 0.1
 
 
-@pytest.mark.parametrize(("d_k", "vector", "size"), [(8, False, 32), (32, False, 32), (33, False, 64), (64, True, 16)])
+@pytest.mark.parametrize(("d_k", "vector", "size"), [(8, False, 32), (63, True, 32), (64, False, 16)])
 def test_default_chunk_size(d_k, vector, size):
     assert default_chunk_size(random_factors(2, d_k=d_k, vector_decay=vector)) == size
+
+
+def test_why_triton_cannot_run_is_said_where_it_is_asked_for_by_name():
+    wide = random_factors(9)
+    with pytest.raises(ValueError, match="float64"):
+        scan(wide, backend="triton")
+    with pytest.raises(ValueError, match="the triton scan holds no per-token matrices"):
+        scan(wide.map(torch.Tensor.float), backend="triton", on_state=lambda state, index: state)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_triton_by_name_runs_its_kernels(length):
+    factors = random_factors(length, batch=1, heads=1, d_k=16, d_v=16, erase="tied", dtype=torch.float32)
+    initial = random_state(factors)
+    expected = step_scan(factors.map(torch.Tensor.double), initial.double())
+    for got, reference in zip(scan(factors, initial, backend="triton"), expected, strict=True):
+        assert distance(got.double(), reference) <= 1e-4
+
+
+def test_on_a_gpu_auto_takes_triton_or_says_once_why_not(monkeypatch, caplog):
+    wide = random_factors(9)
+    narrow = wide.map(torch.Tensor.float)
+    monkeypatch.setattr(dispatch, "on_gpu", lambda factors: True)
+    dispatch._log_once.cache_clear()
+    assert dispatch.choose(narrow, None, matrices=False, backend="auto") == "triton"
+    assert [dispatch.choose(wide, None, matrices=False, backend="auto") for _ in range(3)] == ["chunked"] * 3
+    assert len(caplog.records) == 1 and "float64" in caplog.records[0].getMessage()
