@@ -85,7 +85,7 @@ class DeltaNet(RecurrentMixer):
     ) -> tuple[Factors, Tensor | None, list[LayerState]]:
         """x to the six roles; the gate, if there is one, goes along to `read_out`."""
         cfg = self.cfg
-        (query, key, value), padded = self.convs([self.query(x), self.key(x), self.value(x)], state.conv_tail)
+        (query, key, value), tails = self.convs([self.query(x), self.key(x), self.value(x)], state.conv_tail, call.stops)
         query, key = self.hook_q(self.heads(query, cfg.d_k)), self.hook_k(self.heads(key, cfg.d_k))
         value = self.hook_v(self.heads(value, cfg.d_v))
         zero = 0 * value[..., 0]  # a constant in the graph, so that the hooks on constants have gradients too
@@ -98,8 +98,8 @@ class DeltaNet(RecurrentMixer):
             query=l2_normalize(query) * cfg.d_k**-0.5,
             erase_strength=-beta,
         )
-        tails = [LayerState(conv_tail=tail) for tail in self.convs.tails(padded, call.stops)]
-        return factors, None if self.gate is None else self.heads(self.gate(x), cfg.d_v), tails
+        gate = None if self.gate is None else self.heads(self.gate(x), cfg.d_v)
+        return factors, gate, [LayerState(conv_tail=tail) for tail in tails]
 
     def read_out(
         self, read: Float[Tensor, "batch pos head d_v"], beside: Float[Tensor, "batch pos head d_v"] | None

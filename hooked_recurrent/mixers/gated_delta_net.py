@@ -88,7 +88,7 @@ class GatedDeltaNet(RecurrentMixer):
     ) -> tuple[Factors, Tensor, list[LayerState]]:
         """x to the six roles; the gate goes along to `read_out`."""
         cfg = self.cfg
-        mixed, padded = self.conv(self.qkv(x), state.conv_tail)
+        mixed, tails = self.conv(self.qkv(x), state.conv_tail, call.stops)
         query, key, value = mixed.split([self.key_width, self.key_width, cfg.n_heads * cfg.d_v], dim=-1)
         expand = cfg.n_heads // cfg.n_key_heads
         query, key = (self.per_value_head(self.heads(side, cfg.d_k), expand) for side in (query, key))
@@ -104,8 +104,7 @@ class GatedDeltaNet(RecurrentMixer):
             query=l2_normalize(query) * cfg.d_k**-0.5,
             erase_strength=-log_decay.exp() * beta,
         )
-        tails = [LayerState(conv_tail=tail) for tail in self.conv.tails(padded, call.stops)]
-        return factors, self.heads(self.gate(x), cfg.d_v), tails
+        return factors, self.heads(self.gate(x), cfg.d_v), [LayerState(conv_tail=tail) for tail in tails]
 
     def read_out(
         self, read: Float[Tensor, "batch pos head d_v"], beside: Float[Tensor, "batch pos head d_v"]

@@ -94,11 +94,11 @@ class GatedLinearAttention(RecurrentMixer):
         self, x: Float[Tensor, "batch pos d_model"], state: LayerState, call: Call
     ) -> tuple[Factors, Tensor | None, list[LayerState]]:
         """x to the roles; the gate, if there is one, goes along to `read_out`."""
-        cfg, tails = self.cfg, [LayerState() for _ in call.stops]
+        cfg, around = self.cfg, [LayerState() for _ in call.stops]
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.convs is not None:
-            (query, key, value), padded = self.convs([query, key, value], state.conv_tail)
-            tails = [LayerState(conv_tail=tail) for tail in self.convs.tails(padded, call.stops)]
+            (query, key, value), tails = self.convs([query, key, value], state.conv_tail, call.stops)
+            around = [LayerState(conv_tail=tail) for tail in tails]
         log_decay = nn.functional.logsigmoid(self.decay(x).to(state_dtype(x.dtype))) / cfg.decay_divisor
         if cfg.min_log_decay is not None:
             log_decay = log_decay.clamp(min=cfg.min_log_decay)
@@ -109,7 +109,7 @@ class GatedLinearAttention(RecurrentMixer):
             write_value=self.hook_v(self._expand(value, cfg.d_v)),
             query=query * cfg.d_k**-0.5,
         )
-        return factors, None if self.gate is None else self.heads(self.gate(x), cfg.d_v), tails
+        return factors, None if self.gate is None else self.heads(self.gate(x), cfg.d_v), around
 
     def _expand(self, x: Float[Tensor, "batch pos channel"], width: int) -> Float[Tensor, "batch pos head width"]:
         """Key/value heads, each repeated for the query heads of its group."""

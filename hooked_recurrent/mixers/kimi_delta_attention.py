@@ -103,7 +103,7 @@ class KimiDeltaAttention(RecurrentMixer):
     ) -> tuple[Factors, Tensor, list[LayerState]]:
         """x to the six roles; the gate goes along to `read_out`."""
         cfg, expand = self.cfg, self.cfg.n_heads // self.cfg.n_key_heads
-        (query, key, value), padded = self.convs([self.query(x), self.key(x), self.value(x)], state.conv_tail)
+        (query, key, value), tails = self.convs([self.query(x), self.key(x), self.value(x)], state.conv_tail, call.stops)
         query, key = (self.heads(side, cfg.d_k).repeat_interleave(expand, dim=2) for side in (query, key))
         query, key, value = self.hook_q(query), self.hook_k(key), self.hook_v(self.heads(value, cfg.d_v))
         beta = self.beta(x).sigmoid()
@@ -117,8 +117,7 @@ class KimiDeltaAttention(RecurrentMixer):
             erase=-beta * key,
             probe=log_decay.exp() * key,
         )
-        tails = [LayerState(conv_tail=tail) for tail in self.convs.tails(padded, call.stops)]
-        return factors, self.heads(self.gate(x), cfg.d_v), tails
+        return factors, self.heads(self.gate(x), cfg.d_v), [LayerState(conv_tail=tail) for tail in tails]
 
     def _log_decay(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos head d_k"]:
         """log d_t, float32 or wider."""

@@ -115,7 +115,7 @@ class Mamba2(RecurrentMixer):
     ) -> tuple[Factors, Beside, list[LayerState]]:
         """The normalised residual to the six roles; x after the convolution and the gate go along to `read_out`."""
         cfg = self.cfg
-        mixed, padded = self.conv(self.vkq(x), state.conv_tail)
+        mixed, tails = self.conv(self.vkq(x), state.conv_tail, call.stops)
         value, key, query = mixed.split([self.value_width, self.key_width, self.key_width], dim=-1)
         per_group = cfg.n_heads // cfg.n_groups
         query, key = (self.per_value_head(self.heads(side, cfg.d_k), per_group) for side in (query, key))
@@ -130,8 +130,7 @@ class Mamba2(RecurrentMixer):
             write_value=step_size[..., None] * value,
             query=query,
         )
-        tails = [LayerState(conv_tail=tail) for tail in self.conv.tails(padded, call.stops)]
-        return factors, (value, self.gate(x).unflatten(-1, (-1, cfg.d_v))), tails
+        return factors, (value, self.gate(x).unflatten(-1, (-1, cfg.d_v))), [LayerState(conv_tail=tail) for tail in tails]
 
     def read_out(
         self, read: Float[Tensor, "batch pos head d_v"], beside: Beside
