@@ -138,6 +138,11 @@ class Variant:
         }
 
     @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides types and constants."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @property
     def identity(self) -> str:
         """Equal for two launches that share one compilation."""
         parts = (self.signature, self.constexprs, self.attributes, self.num_warps, self.num_stages)
