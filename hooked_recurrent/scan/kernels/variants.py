@@ -7,8 +7,8 @@ its launchers make for it, through the very functions that the launchers use to 
     def variants(case: Case) -> Iterator[Variant]:
         yield from variants_of("step", step_kernel, arguments(case.factors(), ...), case, num_warps=4, num_stages=1)
 
-`arguments` maps every parameter of the kernel to a value, constexprs included; tensors may be on the meta device. What a launch
-makes of them (the signature, what is known to be divisible by 16 or equal to 1) is derived here by Triton's rules.
+`arguments` maps every parameter of the kernel to a value, or to a tuple of values, constexprs included; tensors may be on the
+meta device. What a launch makes of them (types, what is divisible by 16 or equal to 1) is derived here by Triton's rules.
 """
 
 import inspect
@@ -84,6 +84,10 @@ class Case:
         )
 
 
+Path = tuple[int, ...]
+"""Where an argument stands: the index of its parameter, and its place inside a tuple."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One compilation: a kernel with the types and constants of one launch."""
@@ -106,36 +110,50 @@ class Variant:
         if missing or unknown:
             raise ValueError(f"{self.name}: {self.kernel.__name__} misses {missing} and does not know {unknown}")
 
+    def _leaves(self) -> Iterator[tuple[Path, Any, bool]]:
+        """Of every value, those inside tuples too: its path (parameter, place in the tuple), itself, whether it is compiled in.
+
+        Compiled in are parameters that say so, None, and integers that are 1.
+        """
+        for index, (name, parameter) in enumerate(inspect.signature(self.kernel.fn).parameters.items()):
+            declared = "constexpr" in str(parameter.annotation)
+            value = self.arguments[name]
+            if isinstance(value, tuple) and not declared:
+                inner: list[tuple[Path, Any]] = [((index, place), one) for place, one in enumerate(value)]
+            else:
+                inner = [((index,), value)]
+            for path, one in inner:
+                yield path, one, declared or one is None or (type(one) is int and one == 1)
+
     @property
-    def constexprs(self) -> dict[str, Any]:
-        """Parameters with a value that is compiled in: the declared ones, None, and integers that are 1."""
-        declared = {
-            name
-            for name, parameter in inspect.signature(self.kernel.fn).parameters.items()
-            if "constexpr" in str(parameter.annotation)
-        }
+    def constexprs(self) -> dict[Path, Any]:
+        """The values that are compiled in, by path."""
+        return {path: value for path, value, constant in self._leaves() if constant}
+
+    @property
+    def signature(self) -> dict[str, str | tuple[str, ...]]:
+        """The type of every parameter, a tuple of types for a tuple, in the kernel's order."""
+        kinds: dict[int, list[str]] = {}
+        for path, value, constant in self._leaves():
+            kinds.setdefault(path[0], []).append("constexpr" if constant else _type_of(value))
+        names = list(inspect.signature(self.kernel.fn).parameters)
         return {
-            name: value
-            for name, value in self.arguments.items()
-            if name in declared or value is None or (type(value) is int and value == 1)
+            name: tuple(kinds[index]) if isinstance(self.arguments[name], tuple) else kinds[index][0]
+            for index, name in enumerate(names)
         }
 
     @property
-    def signature(self) -> dict[str, str]:
-        """The type of every parameter, in the kernel's order."""
-        constant = self.constexprs
-        names = inspect.signature(self.kernel.fn).parameters
-        return {name: "constexpr" if name in constant else _type_of(self.arguments[name]) for name in names}
-
-    @property
-    def attributes(self) -> dict[tuple[int, ...], list[list[Any]]]:
-        """Which parameters are known to be divisible by 16: pointers (allocations are aligned) and such integers."""
-        names = list(self.signature)
-        return {
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in self.signature.items()
-            if kind.startswith("*") or (kind in ("i32", "i64") and self.arguments[name] % 16 == 0)
-        }
+    def attributes(self) -> dict[Path, list[list[Any]]]:
+        """What is known of values: that pointers (allocations are aligned) and some integers are divisible by 16, and on AMD
+        that a tensor is small enough for 32-bit offsets."""
+        found: dict[Path, list[list[Any]]] = {}
+        for path, value, constant in self._leaves():
+            pointer = isinstance(value, Tensor)
+            if not constant and (pointer or (type(value) is int and value % 16 == 0)):
+                found[path] = [["tt.divisibility", 16]]
+                if pointer and self.case.backend == "hip":
+                    found[path].append(["tt.pointer_range", 32])
+        return found
 
     @property
     def options(self) -> dict[str, int]:

@@ -3,11 +3,14 @@
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.amd.compiler import HIPBackend
+from triton.backends.nvidia.compiler import CUDABackend
 
 from hooked_recurrent.scan.kernels.variants import BACKENDS, RULES, Case, Variant, registered, variants_of
 
@@ -35,8 +38,27 @@ def test_a_launch_is_typed_as_triton_types_it():
         **{"x": "*bf16", "y": "*fp32", "bias": "constexpr", "count": "i32", "stride": "constexpr", "factor": "fp32"},
         **{"BLOCK": "constexpr", "SQUARED": "constexpr"},
     }
-    assert variant.constexprs == {"bias": None, "stride": 1, "BLOCK": 16, "SQUARED": True}
+    assert variant.constexprs == {(2,): None, (4,): 1, (6,): 16, (7,): True}
     assert list(variant.attributes) == [(0,), (1,), (3,)]  # the pointers, and 48
+
+
+VALUES = [torch.empty(64), torch.empty(3, dtype=torch.float16), None, 1, 16, 3, 0, 2**40, True, 0.5]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [*VALUES, tuple(VALUES)], ids=lambda value: type(value).__name__)
+def test_triton_specialises_a_value_alike(value, backend):
+    jit = pytest.importorskip("triton.runtime.jit")
+    vendor = {"cuda": CUDABackend, "hip": HIPBackend}[backend]
+    kind, known = jit.native_specialize_impl(vendor, value, False, True, True)
+    variant = Variant("scaled", scaled_kernel, arguments(count=value), replace(CASE, backend=backend))
+    assert variant.signature["count"] == kind
+    for place, one in enumerate(known) if isinstance(value, tuple) else [(None, known)]:
+        path = (3,) if place is None else (3, place)
+        is_constant = (kind if place is None else kind[place]) == "constexpr"
+        assert (path in variant.constexprs) == is_constant
+        if not is_constant:
+            assert variant.attributes.get(path, []) == vendor.parse_attr(one or "")
 
 
 def test_what_does_not_fit_the_kernel_is_refused():
@@ -62,7 +84,7 @@ def test_a_tuned_kernel_has_a_variant_for_each_configuration():
     given = arguments()
     del given["BLOCK"]
     found = list(variants_of("scaled", Tuned, given, CASE))
-    assert [(one.name, one.num_warps, one.constexprs["BLOCK"]) for one in found] == [
+    assert [(one.name, one.num_warps, one.arguments["BLOCK"]) for one in found] == [
         ("scaled (BLOCK 16, 2 warps)", 2, 16),
         ("scaled (BLOCK 32, 4 warps)", 4, 32),
     ]
