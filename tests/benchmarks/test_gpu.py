@@ -11,10 +11,12 @@ from pathlib import Path
 import gpu
 import pytest
 import torch
+from rich.console import Console
 from roofline import SHAPES
 from support import gpu_checks
 from support.gpu_checks import Check, check_conv, check_packed, check_scan, check_step
 from support.gpu_routes import PROBLEMS, Draw, Route
+from support.traffic import Shape
 
 from hooked_recurrent.scan.kernels.variants import RULES, Case
 from hooked_recurrent.scan.step import step_scan
@@ -161,3 +163,29 @@ def test_gradients_leave_the_state_out():
     assert leaves["q"].requires_grad and leaves["scale"] == 1.0
     assert len(gpu.without_state(leaves)) == 5  # q, k, v, g, beta
     assert {shape.form for shape in SHAPES} == set(PROBLEMS)
+
+
+def test_a_table_of_a_step_with_what_is_missing_and_what_fails(monkeypatch, capsys):
+    """Everything but the clock: interpreted kernels, one library that is not there and one that refuses."""
+
+    def refuse(**_):
+        raise ValueError("not on this device")
+
+    monkeypatch.setattr(Route, "load", lambda route: None if "gated" in route.name else refuse)
+    taken = {"milliseconds": 2.0, "fast_fifth": 1.5, "slow_fifth": 2.5, "peak_megabytes": 1.0}
+    monkeypatch.setattr(gpu, "run_time", lambda run, bench: run() and taken)
+    found = []
+    for form in ("tied", "plain"):
+        found += gpu.timings(Shape(form, form, False, 2, 16, 16, 64), "step", 2, 1, torch.float32, CPU)
+    assert [(one.layer, one.side, one.note) for one in found] == [
+        ("tied", "ours", ""),
+        ("tied", "ours, in place", ""),
+        ("tied", "fla fused_recurrent_gated_delta_rule", "not installed"),
+        ("plain", "ours", ""),
+        ("plain", "ours, in place", ""),
+        ("plain", "fla fused_recurrent_simple_gla", "failed: ValueError: not on this device"),
+    ]
+    assert [one.difference for one in found if not one.note] == [0.0] * 4
+    gpu.show_timings(found, Console(width=200))
+    shown = capsys.readouterr().out
+    assert "2.0000 (1.5000 to 2.5000)" in shown and "1.00x" in shown and "not installed" in shown
