@@ -16,7 +16,7 @@ WORKERS ?= 2
 ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 # The scripts that time something on a CPU; the others of benchmarks/ compile, compute, or need a GPU.
-TIMED := sae_step interventions
+TIMED := $(wildcard $(patsubst %,benchmarks/%.py,sae_step interventions scan forward))
 
 .PHONY: demo test test-all lint benchmarks kernels clean
 
@@ -40,7 +40,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 benchmarks: $(INSTALLED)
-	set -e; for name in $(TIMED); do echo "== $$name"; $(ALLOCATOR) $(BIN)/python benchmarks/$$name.py; done
+	set -e; for script in $(TIMED); do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done
 
 kernels: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py

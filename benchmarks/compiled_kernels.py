@@ -6,6 +6,7 @@
 Nothing runs, so no GPU is needed; the numbers are the compilers' own, except the occupancy, which is computed from them
 (`support/compilation.py` has the formula and the limits). The exit status is 1 when a kernel spills registers at d_k = d_v = 64
 or 128, needs more shared memory than a block may have, or does not compile; at other widths spills are only shown.
+Every kernel takes about a second for each target, the first time; Triton keeps what it has compiled.
 """
 
 import os

@@ -127,7 +127,7 @@ def compile_variant(variant: Variant, target_name: str) -> Record:
     try:
         compiled = _compiled(variant, target)
         read = _read_nvidia if target.backend == "cuda" else _read_amd
-        registers, spills = read(compiled)
+        registers, spills = read(compiled, target)
     except Exception as error:  # every compiler of the chain has errors of its own
         return Record(**about, error=_in_short(error))
     shared = compiled.metadata.shared
@@ -164,9 +164,10 @@ def _compiled(variant: Variant, target: Target) -> Any:
     return triton.compile(source, target=where, options=variant.options)
 
 
-def _read_nvidia(compiled: Any) -> tuple[int, int]:
+def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int]:
     """Registers per thread and spilled bytes (stores and loads) per thread."""
     from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
@@ -181,18 +182,20 @@ def _read_nvidia(compiled: Any) -> tuple[int, int]:
         ptx.write_text(compiled.asm["ptx"])
         arch = re.search(r"\.target (sm_\d+a?)", compiled.asm["ptx"]).group(1)  # type: ignore[union-attr]
         options = ("-v", "--regAllocOptLevel=2", f"--gpu-name={arch}", "-o", str(Path(folder, "again")))
-        log = _output(knobs.nvidia.ptxas.path, str(ptx), *options)
+        log = _output(get_ptxas(target.arch).path, str(ptx), *options)  # not the same for every target
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     return registers, sum(map(int, spills))
 
 
 def _output(*command: str) -> str:
     """What a program prints on both of its outputs; raises when it fails."""
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 
 
-def _read_amd(compiled: Any) -> tuple[int, int]:
+def _read_amd(compiled: Any, target: Target) -> tuple[int, int]:
     """Vector registers per lane and bytes per lane of those that were spilled."""
     metadata = compiled.asm["amdgcn"].split(".amdgpu_metadata", 1)[1]
 

@@ -11,21 +11,35 @@ import pytest
 from support.compilation import TARGETS, Record, faults, occupancy
 
 ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPT = str(BENCHMARKS / "compiled_kernels.py")
 GOOD = Record("v", "k", "gated delta", 64, 64, "float32", "sm_80", 4, 1, registers=128, shared_bytes=163 * 1024)
 
 
+SPILLING = """
+from support.compilation import TARGETS, compile_variant
+from compiled_kernels import variants
+for variant in variants([128], ["float32"], ["rwkv7"]):
+    if variant.name == "step, many rows":
+        starved = {"maxnreg": 32} if variant.case.backend == "cuda" else {"waves_per_eu": 8}
+        type(variant).options = property(lambda _, options={"num_warps": 1, "num_stages": 1} | starved: options)
+        for name, target in TARGETS.items():
+            if target.backend == variant.case.backend:
+                print(name, compile_variant(variant, name).spill_bytes)
+"""
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own, where nothing is interpreted."""
+    """Python in a process of its own, where nothing is interpreted and the benchmarks find each other."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "benchmarks/compiled_kernels.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(BENCHMARKS)])
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_small_kernels_compile_for_both_vendors(tmp_path):
     table = tmp_path / "table.json"
     case = ["--kernel", "step", "short_conv", "--widths", "16", "--rules", "mamba2", "rwkv7", "--dtypes", "bfloat16"]
-    done = run(*case, "--target", "sm_80", "gfx942", "--jobs", "1", "--json", str(table))
+    done = run(SCRIPT, *case, "--target", "sm_80", "gfx942", "--jobs", "1", "--json", str(table))
     assert done.returncode == 0, done.stdout + done.stderr
     records = [Record(**one) for one in json.loads(table.read_text())["kernels"]]
     assert {record.target for record in records} == {"sm_80", "gfx942"}
@@ -40,8 +54,17 @@ def test_small_kernels_compile_for_both_vendors(tmp_path):
     assert "step_kernel" in done.stdout and "gfx942" in done.stdout
 
 
+def test_spills_of_a_starved_kernel_are_read():
+    """One warp for a tile of four and few registers: every target's compiler must spill, and say so."""
+    done = run("-c", SPILLING)
+    assert done.returncode == 0, done.stderr
+    spilled = dict(line.split() for line in done.stdout.splitlines())
+    assert set(spilled) == set(TARGETS)
+    assert all(int(bytes_) > 0 and int(bytes_) % 4 == 0 for bytes_ in spilled.values()), spilled
+
+
 def test_a_name_that_no_kernel_has_fails():
-    done = run("--kernel", "no such kernel", "--widths", "16", "--rules", "mamba2", "--jobs", "1")
+    done = run(SCRIPT, "--kernel", "no such kernel", "--widths", "16", "--rules", "mamba2", "--jobs", "1")
     assert done.returncode == 1
     assert "no kernel has such a name" in done.stdout
 
