@@ -45,7 +45,8 @@ class ShortConv(nn.Module):
         """
         if tail is None:
             tail = x.new_zeros(1, self.taps - 1, x.shape[2])
-        tail = tail.expand(len(x), -1, -1)
+        kept = torch.promote_types(x.dtype, tail.dtype)
+        x, tail = x.to(kept), tail.to(kept).expand(len(x), -1, -1)
         tails = [self._tail_after(x, tail, stop) for stop in stops]
         record = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad or tail.requires_grad)
         if record:
