@@ -13,6 +13,7 @@ from types import ModuleType
 from transformers.utils import logging
 
 logging.set_verbosity_error()
+logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
 
