@@ -53,16 +53,21 @@ def config_of(kinds: Sequence[str], quick: bool = False, vocabulary: int = VOCAB
     )
 
 
-@torch.no_grad()
 def random_model(kinds: Sequence[str], quick: bool = False) -> Qwen3_5ForCausalLM:
-    """transformers' model with random weights and long memories: with its own start every write is forgotten at once."""
+    """transformers' model with random weights and long memories."""
     torch.manual_seed(0)
     model = Qwen3_5ForCausalLM(config_of(kinds, quick)).eval().requires_grad_(False)
+    lengthen_memories(model)
+    return model
+
+
+@torch.no_grad()
+def lengthen_memories(model: Qwen3_5ForCausalLM) -> None:
+    """Slow the decay of every linear layer: with transformers' own start every write is forgotten at once."""
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.dt_bias.fill_(-5.0)
             layer.linear_attn.A_log.fill_(-1.0)
-    return model
 
 
 def bridge_of(model: Qwen3_5ForCausalLM) -> Any:
