@@ -57,8 +57,8 @@ def compare(sides: dict[str, Callable[[], Tensor]], options: Options, warmups: i
 
 
 def tokens_of(vocabulary: int, batch: int, length: int) -> Tensor:
-    """Random tokens."""
-    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    """Random tokens but 0, which rwkv7-hf takes for padding: its embedding learns nothing there."""
+    return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def gdn_layer(options: Options) -> Section:

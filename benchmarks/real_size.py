@@ -1,12 +1,12 @@
 """The whole workflow on a checkpoint of Qwen3.5-0.8B's full shape, random weights, on a CPU: seconds and memory of every stage.
 
-    python benchmarks/real_size.py [--folder FOLDER] [--threads N] [--allocator default|tuned|both] [--json PATH]
+    python benchmarks/real_size.py [--folder FOLDER] [--repeats 3] [--threads N] [--allocator default|tuned|both] [--json PATH]
 
 transformers writes the checkpoint (24 layers, 18 of them Gated DeltaNet, hidden 1024, MLP 3584, a vocabulary of 248,320 tied
 to the unembedding, float32: 3 GB) into a temporary folder, or into `--folder`, where it stays and is used again. Then, on one
 text of 1,024 tokens, in a process of ours:
 
-    load        HookedRecurrentModel.from_pretrained
+    load        HookedRecurrentModel.from_pretrained, and a first pass over 8 tokens, by which all weights have been read
     forward     a plain pass, last logits only
     cache       a pass that keeps the factors of every write of one linear layer
     trunk       the plain pass that the edits start from
@@ -14,14 +14,15 @@ text of 1,024 tokens, in a process of ours:
     stream      the writes of one head of that layer, for a dictionary
     SAE steps   training steps of a WriteSAE (2,048 atoms, k = 32, 256 writes each)
 
-The peak is that of the process since it started. The script fails when it reaches 12 GiB, when the last logits are not those of
-transformers' own pass (in a process of its own), or when an edit's logits are not those of a full pass with it. Every forward
-pass that is timed follows one over 8 tokens, by which all weights have been read from the disk. At the end stands what larger
-models would need, computed and not measured; see `support/plan.py`.
+Passes and edits run `--repeats` times, and the median is shown. The peak is that of the process since it started. The script
+fails when it reaches 12 GiB, when the last logits are not those of transformers' own pass (in a process of its own), or when an
+edit's logits are not those of a full pass with it. At the end stands what larger models would need, computed and not measured;
+see `support/plan.py`.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -72,44 +73,50 @@ def write_checkpoint(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def their_forward(folder: Path, text: Tensor, out: Path) -> dict[str, Any]:
+def their_forward(folder: Path, text: Tensor, out: Path, repeats: int) -> dict[str, Any]:
     """transformers' own load and pass, with the last logits saved to a file."""
     start = time.perf_counter()
     model = Qwen3_5ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    loaded = time.perf_counter() - start
     model(text[:, :8], use_cache=False, logits_to_keep=1)
-    start = time.perf_counter()
-    logits = model(text, use_cache=False, logits_to_keep=1).logits[0, -1]
-    seconds = time.perf_counter() - start
+    loaded = time.perf_counter() - start
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        logits = model(text, use_cache=False, logits_to_keep=1).logits[0, -1]
+        taken.append(time.perf_counter() - start)
     save_file({"last": logits.contiguous()}, out)
-    return {"load": loaded, "forward": seconds, "peak, MB": resident_bytes()}
+    return {"load": loaded, "forward": statistics.median(taken), "peak, MB": resident_bytes()}
 
 
 class Stages:
     """Times one stage after the other and notes the peak of memory after each."""
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: int) -> None:
+        self.repeats = repeats
         self.rows: list[Row] = []
 
-    def __call__(self, name: str, run: Callable[[], Any], what: str = "") -> Any:
-        """Run a stage; raises `MemoryError` when the peak has reached the limit."""
-        start = time.perf_counter()
-        made = run()
-        seconds, peak = time.perf_counter() - start, resident_bytes()
+    def __call__(self, name: str, run: Callable[[], Any], what: str = "", *, once: bool = False) -> Any:
+        """Run a stage, `repeats` times unless it must be `once`; raises `MemoryError` when the peak has reached the limit."""
+        taken = []
+        for _ in range(1 if once else self.repeats):
+            made = None  # what an earlier run made is not held beside what this one makes
+            start = time.perf_counter()
+            made = run()
+            taken.append(time.perf_counter() - start)
+        seconds, peak = statistics.median(taken), resident_bytes()
         self.rows.append({"stage": name, "seconds": seconds, "peak, MB": peak, "what": what})
         if peak >= LIMIT:
             raise MemoryError(f"after stage {name!r} the peak is {peak / 2**30:.1f} GiB, not below {LIMIT / 2**30:.0f}")
         return made
 
 
-def our_stages(folder: Path, text: Tensor, quick: bool) -> tuple[list[Row], Tensor, float]:
+def our_stages(folder: Path, text: Tensor, quick: bool, repeats: int) -> tuple[list[Row], Tensor, float]:
     """All stages of ours; also the last logits of the plain pass, and the error of an edit against a full pass with it."""
-    stages = Stages()
+    stages = Stages(repeats)
     layer, head, count = (1, 1, 8) if quick else (LAYER, HEAD, EDITS)
-    model = stages("load", lambda: HookedRecurrentModel.from_pretrained(folder)).requires_grad_(False)
+    model = stages("load", lambda: loaded(folder, text), once=True)
     names = [f"blocks.{layer}.mixer.hook_{role}" for role in ROLES]
     with torch.no_grad():
-        model(text[:, :8], last_only=True)
         plain = stages("forward", lambda: model(text, last_only=True), f"{text.shape[1]:,} tokens")[0, -1]
         keep = {"names_filter": names, "return_type": None}
         _, cache = stages("cache", lambda: model.run_with_cache(text, **keep), f"the factors of layer {layer}")
@@ -124,15 +131,24 @@ def our_stages(folder: Path, text: Tensor, quick: bool) -> tuple[list[Row], Tens
     del cache, trunk, forks, full
     config = TrainConfig(steps=2 if quick else STEPS, batch_size=16 if quick else 256, passages_per_forward=1)
     stream = stream_of(model, text, f"blocks.{layer}.mixer.hook_write", head, config)
-    writes = stages("stream", stream.all_writes, f"head {head} of layer {layer}")
+    writes = stages("stream", stream.all_writes, f"head {head} of layer {layer}", once=True)
     sae = WriteSAE(
         WriteSAEConfig(d_k=model.cfg.d_k, d_v=model.cfg.d_v, n_atoms=64 if quick else 2048, k=4 if quick else 32)
     )
     sae.calibrate_(*writes)
-    log = stages("SAE steps", lambda: fit(sae, stream, config), f"{config.steps} steps on {config.batch_size} writes")
+    steps = f"{config.steps} steps on {config.batch_size} writes"
+    log = stages("SAE steps", lambda: fit(sae, stream, config), steps, once=True)
     if not log:
         raise RuntimeError("the dictionary took no step")
     return stages.rows, plain, error
+
+
+@torch.no_grad()
+def loaded(folder: Path, text: Tensor) -> HookedRecurrentModel:
+    """Our model, after a first pass."""
+    model = HookedRecurrentModel.from_pretrained(folder).requires_grad_(False)
+    model(text[:, :8], last_only=True)
+    return model
 
 
 def replacements(cache: Any, layer: int, head: int, at: int, count: int) -> list[WriteEdit]:
@@ -155,13 +171,13 @@ def text_of(folder: Path, quick: bool) -> Tensor:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything: the checkpoint, transformers' pass and ours; raises `RuntimeError` when the two differ."""
-    flags = [*(["--quick"] if arguments.quick else [])]
+    flags = ["--repeats", str(arguments.repeats), *(["--quick"] if arguments.quick else [])]
     flags += ["--threads", str(arguments.threads)] if arguments.threads else []
     script, at = Path(__file__), ["--folder", str(folder)]
     written = answer_of(script, ["--stage", "write", *at, *flags])
     theirs = answer_of(script, ["--stage", "theirs", *at, *flags])
     text = text_of(folder, arguments.quick)
-    rows, last, edit_error = our_stages(folder, text, arguments.quick)
+    rows, last, edit_error = our_stages(folder, text, arguments.quick, arguments.repeats)
     expected = load_file(folder / LOGITS)["last"]
     error = must_equal("the last logits of both libraries", last, expected)
     (folder / LOGITS).unlink()
@@ -174,11 +190,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 LOGITS = "last_logits.transformers.safetensors"
 
 
-def run_stage(stage: str, folder: Path, quick: bool) -> dict[str, Any]:
+def run_stage(stage: str, folder: Path, quick: bool, repeats: int) -> dict[str, Any]:
     """A stage that has a process of its own."""
     if stage == "write":
         return write_checkpoint(folder, quick)
-    return their_forward(folder, text_of(folder, quick), folder / LOGITS)
+    return their_forward(folder, text_of(folder, quick), folder / LOGITS, repeats)
 
 
 def report(found: dict[str, Any], where: dict[str, Any]) -> None:
@@ -196,22 +212,25 @@ def report(found: dict[str, Any], where: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse, measure, report."""
-    parser = parser_of(__doc__, repeats=1)
+    parser = parser_of(__doc__, repeats=3)
     parser.add_argument("--folder", type=Path, help="keep the checkpoint here, and use it when it is there")
     parser.add_argument("--stage", choices=["write", "theirs"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats must be at least 1")
     if other_allocator(arguments, Path(__file__)):
         return
     with torch_threads(arguments.threads), tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         if arguments.stage:
-            print(json.dumps(run_stage(arguments.stage, folder, arguments.quick)))
+            print(json.dumps(run_stage(arguments.stage, folder, arguments.quick, arguments.repeats)))
             return
         folder.mkdir(parents=True, exist_ok=True)
         found, where = measure(folder, arguments), machine()
     report(found, where)
     if arguments.json:
-        settings = {"length": LENGTH, "edits": EDITS, "steps": STEPS, "quick": arguments.quick}
+        settings = {"length": LENGTH, "edits": EDITS, "steps": STEPS}
+        settings |= {"repeats": arguments.repeats, "quick": arguments.quick}
         write_json(arguments.json, {allocator(): {"machine": where, "settings": settings, **found}})
 
 

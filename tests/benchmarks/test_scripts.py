@@ -83,15 +83,3 @@ def test_the_whole_workflow(tmp_path):
     sizes = {row["model"]: row["parameters"] / 1e9 for row in found["plan"]}
     assert sizes == pytest.approx({"Qwen3.5-0.8B": 0.75, "Qwen3.5-4B": 4.2, "Qwen3.5-27B": 26.9}, rel=0.01)
     assert [file.name for file in (tmp_path / "model").glob("*.safetensors")] == ["model.safetensors"]
-
-
-def test_both_allocators_are_run_and_kept_apart(tmp_path):
-    found = measured("scan.py", tmp_path / "found.json", "--only", "gdn", "--allocator", "both")
-    assert list(found) == ["default", "tuned"]
-    assert [entry["machine"]["allocator"] for entry in found.values()] == ["default", "tuned"]
-    assert all(list(entry["parts"]) == ["gdn"] for entry in found.values())
-
-
-def test_a_part_that_is_none_is_refused():
-    done = run("scan.py", "--only", "gdm")
-    assert done.returncode == 2 and "invalid choice" in done.stderr
