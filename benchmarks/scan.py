@@ -108,12 +108,13 @@ def backward(options: Options) -> Section:
 
 @torch.no_grad()
 def linear(options: Options) -> Section:
-    """Our native forward pass at doubling lengths."""
+    """Our native forward pass at doubling lengths, which take turns as sides do."""
     rows: list[Row] = []
     for name in LENGTHS:
         rule, before = rule_of(name, options.quick), None
-        for length in lengths_of(LINEAR_LENGTHS, options.quick):
-            seconds = median_seconds({"ours": partial(rule.ours, **rule.inputs(length))}, options.repeats)["ours"]
+        lengths = lengths_of(LINEAR_LENGTHS, options.quick)
+        sides = {str(length): partial(rule.ours, **rule.inputs(length)) for length in lengths}
+        for length, seconds in zip(lengths, median_seconds(sides, options.repeats).values(), strict=True):
             row: Row = {"rule": rule.name, "T": length, "ours": seconds, "seconds per token": seconds / length}
             row["time / time of half the length"] = None if before is None else seconds / before
             rows.append(row)
