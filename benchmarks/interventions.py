@@ -18,16 +18,11 @@ after token t was read) at t + 1.
 """
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from sae_step import machine
 from support.intervention_routes import (
     HEAD,
     LAYER,
@@ -40,13 +35,14 @@ from support.intervention_routes import (
     build,
     matrix_products,
 )
+from support.machine import machine, median_seconds, must_equal
+from support.report import Row, print_machine, table, write_json
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
 from hooked_recurrent.hooks import RecurrentHookPoint
 
 HORIZONS = {"t": 0, "t + 1": 1, "the whole rest": None}
-Row = dict[str, float | str | None]
 
 
 def check(hf: CachedPrefix, tl: EagerScan, forks: Forks, keys: Tensor, values: Tensor) -> None:
@@ -61,19 +57,12 @@ def check(hf: CachedPrefix, tl: EagerScan, forks: Forks, keys: Tensor, values: T
         ("tl", tl(keys[:1], values[:1], None)[0], full),
         ("hf", hf(keys[:1], values[:1], 1)[0], patched),
     ):
-        off = ((made - expected).abs().max() / expected.abs().max()).item()
-        if not off < 1e-4:
-            raise RuntimeError(f"{name} does not compute its edit: off by {off:.1e} of the logits")
+        must_equal(f"{name} with its edit", made, expected)
 
 
 def seconds(run: Callable[[], object], edits: int, repeats: int) -> float:
     """Median seconds per edit after one run that does not count."""
-    taken = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        taken.append((time.perf_counter() - start) / edits)
-    return statistics.median(taken[1:])
+    return median_seconds({"": run}, repeats)[""] / edits
 
 
 def replacements(batch: int, repeats: int) -> tuple[list[Row], HookedRecurrentModel, Tensor]:
@@ -106,37 +95,17 @@ def overhead(model: HookedRecurrentModel, tokens: Tensor, repeats: int) -> Row:
     """Seconds of a bare pass, of one that caches all factor hooks (in turn with it), and of the unused hooks in it."""
     roles = ("log_decay", "erase", "probe", "write_key", "write_value", "query")
     names = [name for name in model.hook_dict if name.rpartition(".hook_")[2] in roles]
-    taken: dict[str, list[float]] = {"bare": [], "factors cached": []}
-    for index in range(2 * repeats + 2):
-        start = time.perf_counter()
-        if index % 2:
-            model.run_with_cache(tokens, names_filter=names)
-        else:
-            model(tokens)
-        taken["factors cached" if index % 2 else "bare"].append(time.perf_counter() - start)
-    row: Row = {name: statistics.median(some[1:]) for name, some in taken.items()}
+    sides = {
+        "bare": lambda: model(tokens),
+        "factors cached": lambda: model.run_with_cache(tokens, names_filter=names),
+    }
+    row: Row = dict(median_seconds(sides, repeats))
     point, x = RecurrentHookPoint(), torch.zeros(1)
     calls = 100_000
     row["unused hooks"] = seconds(lambda: [point(x) for _ in range(calls)], calls, repeats) * len(model.hook_dict)
     row["cached / bare"] = row["factors cached"] / row["bare"]  # type: ignore[operator]
     row["unused / bare"] = row["unused hooks"] / row["bare"]  # type: ignore[operator]
     return row
-
-
-def table(title: str, rows: list[Row], ratios: tuple[str, ...]) -> Table:
-    """The rows as text; seconds with four digits, or three significant ones where they are small."""
-    shown = Table(*rows[0], title=title)
-    for row in rows:
-        cells = []
-        for name, cell in row.items():
-            if cell is None or isinstance(cell, str):
-                cells.append(cell or "-")
-            elif name in ratios:
-                cells.append(f"{cell:.1f}x" if cell >= 5 else f"{cell:.2g}x" if cell < 0.1 else f"{cell:.2f}x")
-            else:
-                cells.append(f"{cell:.4f}" if cell >= 0.001 else f"{cell:.2e}")
-        shown.add_row(*cells)
-    return shown
 
 
 def main() -> None:
@@ -155,12 +124,11 @@ def main() -> None:
         rows, model, tokens = replacements(arguments.batch, arguments.repeats)
         cost = overhead(model, tokens, arguments.repeats)
     console, where = Console(), machine()
-    console.print(table(f"Seconds per replaced write: median of {arguments.repeats}", rows, ("ratio",)))
-    console.print(table(f"Seconds per pass over {LENGTH} tokens", [cost], ("cached / bare", "unused / bare")))
-    console.print(", ".join(f"{name} {value}" for name, value in where.items()), style="dim")
+    console.print(table(f"Seconds per replaced write: median of {arguments.repeats}", rows))
+    console.print(table(f"Seconds per pass over {LENGTH} tokens", [cost]))
+    print_machine(console, where)
     if arguments.json:
-        text = json.dumps({"machine": where, "seconds": rows, "overhead": cost}, indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.json, {"machine": where, "seconds": rows, "overhead": cost})
 
 
 if __name__ == "__main__":

@@ -16,17 +16,14 @@ table shows medians, so that a machine whose speed drifts drifts for both.
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from support.machine import machine, median_seconds
+from support.report import print_machine, write_json
 from torch import Tensor, nn
 
 from writesae import TrainConfig, WriteSAE, WriteSAEConfig
@@ -83,32 +80,8 @@ def steps_at(width: int) -> tuple[Callable[[], object], Callable[[], object]]:
 
 def measure(width: int, repeats: int) -> dict[str, float]:
     """Median seconds of a step of each side, and their ratio."""
-    sides = dict(zip(("dense", "factored"), steps_at(width), strict=True))
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(WARMUPS + repeats):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            step()
-            if repeat >= WARMUPS:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    medians = median_seconds(dict(zip(("dense", "factored"), steps_at(width), strict=True)), repeats, WARMUPS)
     return {"d": width, **medians, "ratio": medians["dense"] / medians["factored"]}
-
-
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "opt_einsum": str(torch.backends.opt_einsum.is_available()),
-        "malloc_mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default"),
-    }
 
 
 def show(rows: list[dict[str, float]], where: dict[str, str | int], repeats: int) -> None:
@@ -120,7 +93,7 @@ def show(rows: list[dict[str, float]], where: dict[str, str | int], repeats: int
         table.add_row(str(int(row["d"])), *ms, f"{row['ratio']:.0f}x")
     console = Console()
     console.print(table)
-    console.print(", ".join(f"{name} {value}" for name, value in where.items()), style="dim")
+    print_machine(console, where)
 
 
 def main() -> None:
@@ -140,8 +113,7 @@ def main() -> None:
     show(rows, where, arguments.repeats)
     if arguments.json:
         settings = {"n_atoms": N_ATOMS, "k": K, "batch": BATCH, "repeats": arguments.repeats}
-        text = json.dumps({"settings": settings, "machine": where, "steps": rows}, indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.json, {"settings": settings, "machine": where, "steps": rows})
 
 
 if __name__ == "__main__":

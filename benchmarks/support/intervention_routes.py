@@ -6,52 +6,25 @@ fourth place) with random weights and a vocabulary of 1,000; a text of 512 token
 """
 
 import copy
-import sys
-import warnings
 
 import torch
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():  # where it is installed, transformers would bind its Triton kernels, which need a GPU
-    sys.modules["fla"] = None  # type: ignore[assignment]
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-from transformers.utils import logging
-
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
 from hooked_recurrent.patching import Trunk, run_edits
 
-logging.set_verbosity_error()
-warnings.filterwarnings("ignore", category=FutureWarning)
+from .hybrid import FULL, LINEAR, VOCABULARY, bridge_of, random_model, state_hook
+from .plain import Qwen3_5ForCausalLM
 
 LENGTH, T, LAYER, HEAD, WIDTH = 512, 256, 2, 4, 128
-KINDS = ["linear_attention"] * 3 + ["full_attention"] + ["linear_attention"] * 2
+KINDS = [LINEAR] * 3 + [FULL] + [LINEAR] * 2
 
 
 def build() -> tuple[Qwen3_5ForCausalLM, HookedRecurrentModel, Tensor]:
     """Both models with the same random weights, and the text."""
-    torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=1000,
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=len(KINDS),
-        layer_types=KINDS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=256,
-        linear_num_key_heads=16,
-        linear_num_value_heads=16,
-        linear_key_head_dim=WIDTH,
-        linear_value_head_dim=WIDTH,
-        tie_word_embeddings=True,
-    )
-    theirs = Qwen3_5ForCausalLM(config).eval().requires_grad_(False)
-    for layer in theirs.model.layers:
-        if hasattr(layer, "linear_attn"):  # long memories: with the random start every edit is forgotten at once
-            layer.linear_attn.dt_bias.fill_(-5.0)
-            layer.linear_attn.A_log.fill_(-1.0)
+    theirs = random_model(KINDS)
     ours = HookedRecurrentModel.from_hf(theirs).requires_grad_(False)
-    return theirs, ours, torch.randint(1000, (1, LENGTH))
+    return theirs, ours, torch.randint(VOCABULARY, (1, LENGTH))
 
 
 class CachedPrefix:
@@ -96,19 +69,8 @@ class EagerScan:
     """
 
     def __init__(self, model: Qwen3_5ForCausalLM, tokens: Tensor, native: tuple[Tensor, Tensor]):
-        from transformer_lens.model_bridge import TransformerBridge
-
-        tokenizer = HookedRecurrentModel.from_pretrained(
-            "tiny-gated-deltanet"
-        ).tokenizer  # it asks for one; none is used
-        self.bridge = TransformerBridge.boot_transformers(
-            "Qwen/Qwen3.5", hf_model=copy.deepcopy(model), tokenizer=tokenizer, device="cpu"
-        )
-        self.tokens, self.native = tokens, native
-        name = next(
-            name for name in self.bridge.hook_dict if name.startswith(f"blocks.{LAYER}.") and "hook_ssm_state" in name
-        )
-        self.prefix = name.removesuffix("hook_ssm_state")
+        self.bridge, self.tokens, self.native = bridge_of(model), tokens, native
+        self.prefix = state_hook(self.bridge, LAYER).removesuffix("hook_ssm_state")
         self.bridge.get_submodule(self.prefix.rstrip(".")).eager_scan = True
 
     def __call__(self, keys: Tensor, values: Tensor, horizon: int | None) -> Tensor:
