@@ -122,6 +122,8 @@ class Factors(OneLine):
 
     def at(self, positions: slice) -> "Factors":
         """The factors of a slice of positions."""
+        if positions == slice(0, self.length):
+            return self
         return self.map(lambda tensor: tensor[:, positions])
 
     def heads(self, heads: slice) -> "Factors":

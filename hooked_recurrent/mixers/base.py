@@ -105,7 +105,7 @@ class RecurrentMixer(nn.Module, ABC):
     @staticmethod
     def heads(x: Float[Tensor, "batch pos channel"], width: int) -> Float[Tensor, "batch pos head width"]:
         """Channels to heads of this width."""
-        return x.unflatten(-1, (-1, width))
+        return x.view(*x.shape[:-1], x.shape[-1] // width, width)
 
     @staticmethod
     def per_value_head(

@@ -70,8 +70,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos channel"]:
         """Project."""
-        out = self.up(self.activation(self.down(x)))
-        return out if self.bias is None else out + self.bias
+        return nn.functional.linear(self.activation(self.down(x)), self.up.weight, self.bias)
 
 
 class RWKV7(RecurrentMixer):
@@ -128,18 +127,15 @@ class RWKV7(RecurrentMixer):
     ) -> tuple[Factors, Beside, list[LayerState]]:
         """x to the six roles; receptance, replacement key, value and gate go along to `read_out`."""
         cfg, shift = self.cfg, token_shift(x, state.shift_tail)
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(x, shift, mix)
-            for mix in (self.mix_r, self.mix_w, self.mix_k, self.mix_v, self.mix_a, self.mix_g)
-        )
+        mixes = torch.stack([self.mix_r, self.mix_w, self.mix_k, self.mix_v, self.mix_a, self.mix_g])
+        x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, shift, mixes[:, None, None]).unbind()
         query = self.hook_q(self.heads(self.query(x_r), cfg.d_k))
         key = self.hook_k(self.heads(self.key(x_k), cfg.d_k))
         value = self._value(x_v, call)
         iclr = self.hook_iclr(self.heads(self.iclr(x_a).sigmoid(), cfg.d_k))
-        removal = nn.functional.normalize(key * self.removal.unflatten(0, (-1, cfg.d_k)), dim=-1)
+        removal = nn.functional.normalize(key * self.removal.view(-1, cfg.d_k), dim=-1)
         removal = self.hook_removal_key(removal)
-        strength = self.replacement.unflatten(0, (-1, cfg.d_k))
-        replacement = self.hook_replacement_key(key * (1 + (iclr - 1) * strength))
+        replacement = self.hook_replacement_key(key * (1 + (iclr - 1) * self.replacement.view(-1, cfg.d_k)))
         decay = self.heads(self.decay(x_w), cfg.d_k).to(state_dtype(x.dtype))
         factors = Factors(
             log_decay=FASTEST_LOG_DECAY * decay.sigmoid(),

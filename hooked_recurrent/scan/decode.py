@@ -5,7 +5,6 @@ o  =  S'^T query  =  (d query)^T S  +  (query . erase) y  +  sum_m (query . key_
 """
 
 import torch
-from torch import Tensor
 
 from hooked_recurrent.factors import Before, Factors, Read, State, state_dtype
 
@@ -27,20 +26,19 @@ def decode_step(factors: Factors, state: Before | None = None) -> tuple[Read, St
         raise ValueError(f"a decode step takes one position, got {factors.length}")
     dtype = state_dtype(factors.query.dtype)
     state = factors.zero_state() if state is None else state.to(dtype)
-    role = {name: tensor[:, 0].to(dtype) for name, tensor in vars(factors).items() if tensor is not None}
-    query, key, value, decay = role["query"], role["write_key"], role["write_value"], role["log_decay"].exp()
-    per_channel = decay if factors.vector_decay else decay[..., None]
-    probe = key if factors.erase_strength is not None else role.get("probe")
-    asking = [query * per_channel] if probe is None else [query * per_channel, probe]
-    found = torch.stack(asking, dim=2) @ state
-    pairs: list[tuple[Tensor, Tensor]] = list(zip(key.unbind(2), value.unbind(2), strict=True)) if key.ndim == 4 else []
-    if factors.erase_strength is not None:  # one column for the erase and the write
-        pairs = [(key, torch.addcmul(value, role["erase_strength"][..., None], found[:, :, 1]))]
-    elif key.ndim == 3:
-        pairs = [(key, value)]
-    if factors.erase is not None:
-        pairs.append((role["erase"], found[:, :, 1]))
-    read, after = found[:, :, 0], per_channel[..., None] * state
+    now = factors if factors.query.dtype == dtype else factors.map(lambda tensor: tensor.to(dtype))
+    query, decay = now.query[:, 0], now.log_decay[:, 0].exp()
+    decay = decay if factors.vector_decay else decay[..., None]
+    key, value, strength = now.write_key[:, 0], now.write_value[:, 0], now.erase_strength
+    probe = key if strength is not None else None if now.probe is None else now.probe[:, 0]
+    asking = (query * decay)[:, :, None] if probe is None else torch.stack([query * decay, probe], dim=2)
+    found = asking @ state
+    pairs = list(zip(key.unbind(2), value.unbind(2), strict=True)) if key.ndim == 4 else [(key, value)]
+    if strength is not None:  # one column for the erase and the write
+        pairs = [(key, torch.addcmul(value, strength[:, 0, :, None], found[:, :, 1]))]
+    if now.erase is not None:
+        pairs.append((now.erase[:, 0], found[:, :, 1]))
+    read, after = found[:, :, 0], decay[..., None] * state
     for column, carried in pairs:
         read = torch.addcmul(read, (query * column).sum(-1, keepdim=True), carried)
         after = after.addcmul_(column[..., None], carried[:, :, None])
