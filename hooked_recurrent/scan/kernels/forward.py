@@ -1,0 +1,211 @@
+"""The scan as kernels: `prepare` (prepare.py) every chunk at once, `carry` the state through them, `read` all chunks at once.
+
+    carry       y = solved_given + solved_prober S,   S' = whole S + carrier^T y + sum_m injector_m^T F_m,   chunk by chunk
+    read        o = reader S + asked y + sum_m queried_m F_m
+    snapshot    the state after any number of positions, from its chunk's incoming state and y
+
+y and every chunk's incoming S are kept. In the tied form u stands for y, and there are no sums over m.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_recurrent.factors import Factors
+from hooked_recurrent.scan.kernels.layout import (
+    Launch,
+    Precision,
+    Sequences,
+    backend_of,
+    block_of,
+    rows_of,
+    run,
+    scratch,
+    states_of,
+    terms_of,
+)
+from hooked_recurrent.scan.kernels.prepare import Prepared
+from hooked_recurrent.scan.kernels.tiles import (
+    chunk_place,
+    first_row,
+    load_square,
+    load_tile,
+    scratch_block,
+    store_tile,
+)
+
+
+@triton.jit
+@no_type_check
+def carry_kernel(
+    whole, solved_prober, solved_given, carrier, injector, value, initial,
+    chunks, first_chunk, y, states, final,
+    heads, d_k, d_v,
+    PER_CHANNEL: tl.constexpr, TERMS: tl.constexpr, REVERSE: tl.constexpr,
+    C: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """A block of a state's columns through the chunks of one sequence and head, from the last to the first with REVERSE."""
+    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    places, channels = tl.arange(0, C), tl.arange(0, DK)
+    columns = tl.program_id(1) * BV + tl.arange(0, BV)
+    state = tl.zeros([DK, BV], tl.float32)
+    if initial is not None:
+        state = load_tile(first_row(initial, sequence, sequence * 0, head), initial[2], channels, d_k, columns, d_v)
+    begin, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
+    for step in range(begin, end):
+        if REVERSE:
+            chunk = begin + end - 1 - step
+        else:
+            chunk = step
+        store_tile(states + scratch_block(0, chunk, head, heads, d_k * d_v), d_v, channels, d_k, columns, d_v, state)
+        if PER_CHANNEL:
+            decay = tl.load(whole + scratch_block(0, chunk, head, heads, d_k) + channels, channels < d_k, 0.0)[:, None]
+        else:
+            decay = tl.load(whole + scratch_block(0, chunk, head, heads, 1))
+        after = decay * state
+        if solved_prober is not None:
+            rows, columns_of = (
+                scratch_block(0, chunk, head, heads, C * d_k),
+                scratch_block(0, chunk, head, heads, C * d_v),
+            )
+            found = load_tile(solved_given + columns_of, d_v, places, C, columns, d_v)
+            rows_tile = load_tile(solved_prober + rows, d_k, places, C, channels, d_k)
+            found = tl.dot(rows_tile, state, found, input_precision=FAST)
+            store_tile(y + columns_of, d_v, places, C, columns, d_v, found)
+            rows_tile = load_tile(carrier + rows, d_k, places, C, channels, d_k)
+            after = tl.dot(tl.trans(rows_tile), found, after, input_precision=FAST)
+        if injector is not None:
+            row, start, count = chunk_place(chunks, chunk)
+            for term in range(TERMS):
+                here = scratch_block(injector, chunk, head, heads, TERMS * C * d_k) + term * C * d_k
+                rows_tile = load_tile(here, d_k, places, C, channels, d_k)
+                here = first_row(value, row, start, head) + term * value[4]
+                values = load_tile(here, value[2], places, count, columns, d_v)
+                after = tl.dot(tl.trans(rows_tile), values, after, input_precision=FAST)
+        state = after
+    if final is not None:
+        here = final + scratch_block(0, sequence, head, heads, d_k * d_v)
+        store_tile(here, d_v, channels, d_k, columns, d_v, state)
+
+
+@triton.jit
+@no_type_check
+def read_kernel(
+    reader, states, asked, y, queried, write_value, chunks, read, heads, d_k, d_v,
+    TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """What the queries of a chunk read of the incoming state, of y and of the chunk's own writes."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    row, start, count = chunk_place(chunks, chunk)
+    places = tl.arange(0, C)
+    columns = tl.program_id(2) * BV + tl.arange(0, BV)
+    out = tl.zeros([C, BV], tl.float32)
+    rows, before = (
+        scratch_block(reader, chunk, head, heads, C * d_k),
+        scratch_block(states, chunk, head, heads, d_k * d_v),
+    )
+    for begin in range(0, d_k, BK):
+        channels = begin + tl.arange(0, BK)
+        asks = load_tile(rows, d_k, places, C, channels, d_k)
+        state = load_tile(before + begin * d_v, d_v, tl.arange(0, BK), d_k - begin, columns, d_v)
+        out = tl.dot(asks, state, out, input_precision=FAST)
+    if asked is not None:
+        square = load_square(scratch_block(asked, chunk, head, heads, C * C), C)
+        found = load_tile(scratch_block(y, chunk, head, heads, C * d_v), d_v, places, C, columns, d_v)
+        out = tl.dot(square, found, out, input_precision=FAST)
+    if queried is not None:
+        squares = scratch_block(queried, chunk, head, heads, TERMS * C * C)
+        for term in range(TERMS):
+            here = first_row(write_value, row, start, head) + term * write_value[4]
+            value = load_tile(here, write_value[2], places, count, columns, d_v)
+            out = tl.dot(load_square(squares + term * C * C, C), value, out, input_precision=FAST)
+    store_tile(first_row(read, row, start, head), read[2], places, count, columns, d_v, out)
+
+
+def carry(
+    sequences: Sequences,
+    *,
+    whole: Tensor,
+    solved_prober: Float[Tensor, "chunk head place d_k"] | None,
+    solved_given: Float[Tensor, "chunk head place d_v"] | None,
+    carrier: Float[Tensor, "chunk head place d_k"] | None,
+    injector: Float[Tensor, "chunk head term place d_k"] | None,
+    value: Float[Tensor, "batch pos head *term d_v"],
+    initial_state: Float[Tensor, "sequences_or_1 head d_k d_v"] | None,
+    d_k: int,
+    precision: Precision,
+    want_final: bool = True,
+    reverse: bool = False,
+) -> tuple[Tensor | None, Float[Tensor, "chunk head d_k d_v"], Float[Tensor, "sequences head d_k d_v"] | None]:
+    """Run a chunk map through every sequence, from its last chunk to its first with `reverse`.
+
+    Returns y [chunk, head, C, d_v] (None without solved_prober), the state that every chunk met, and the one after all of them.
+    """
+    chunks, heads, d_v = len(sequences.chunks), value.shape[2], value.shape[-1]
+    y = None if solved_given is None else scratch(*solved_given.shape, like=value)
+    states = scratch(chunks, heads, d_k, d_v, like=value)
+    final = scratch(sequences.count, heads, d_k, d_v, like=value) if want_final else None
+    block = block_of(d_v, 32)
+    arguments = {
+        "whole": whole,
+        "solved_prober": solved_prober,
+        "solved_given": solved_given,
+        "carrier": carrier,
+        "injector": injector,
+        "value": terms_of(value),
+        "initial": states_of(initial_state),
+        "chunks": sequences.chunks,
+        "first_chunk": sequences.first_chunk,
+        "y": y,
+        "states": states,
+        "final": final,
+        "heads": heads,
+        "d_k": d_k,
+        "d_v": d_v,
+        "PER_CHANNEL": whole.shape[-1] > 1,
+        "TERMS": 1 if injector is None else injector.shape[2],
+        "REVERSE": reverse,
+        "C": sequences.size,
+        "DK": block_of(d_k),
+        "BV": block,
+        "FAST": precision.fast,
+    }
+    run([Launch(carry_kernel, (sequences.count * heads, triton.cdiv(d_v, block)), arguments)])
+    return y, states, final
+
+
+def read(
+    prepared: Prepared,
+    y: Float[Tensor, "chunk head place d_v"] | None,
+    states: Float[Tensor, "chunk head d_k d_v"],
+    factors: Factors,
+    sequences: Sequences,
+) -> Float[Tensor, "batch pos head d_v"]:
+    """What every query reads."""
+    batch, length, heads = factors.query.shape[:3]
+    out = scratch(batch, length, heads, factors.d_v, like=factors.query)
+    block = block_of(factors.d_v, 64)
+    arguments = {
+        "reader": prepared.reader,
+        "states": states,
+        "asked": prepared.asked,
+        "y": y,
+        "queried": prepared.queried,
+        "write_value": terms_of(factors.write_value),
+        "chunks": sequences.chunks,
+        "read": rows_of(out),
+        "heads": heads,
+        "d_k": factors.d_k,
+        "d_v": factors.d_v,
+        "TERMS": 1 if prepared.queried is None else prepared.queried.shape[2],
+        "C": sequences.size,
+        "BK": block_of(factors.d_k, 64),
+        "BV": block,
+        "FAST": Precision.of(factors.query.dtype, backend_of(out.device)).fast,
+    }
+    grid = (len(sequences.chunks), heads, triton.cdiv(factors.d_v, block))
+    run([Launch(read_kernel, grid, arguments)])
+    return out

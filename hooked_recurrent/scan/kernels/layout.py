@@ -1,0 +1,145 @@
+"""What the launchers share, in plain torch: chunks of sequences, the tensors that kernels are given, and a launch as a value.
+
+Scratch has one block of rows per chunk and head. Chunks are numbered through all sequences, so that the chunks of packed
+sequences and those of a rectangular batch are the same to every kernel: a table says where each chunk's positions stand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_recurrent.factors import Factors
+
+Rows = tuple[Tensor, int, int, int]
+"""A tensor with the strides of its batch row, position and head: what kernels call `rows`. Its last axis is contiguous."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The chunks of every sequence, one sequence after the other."""
+
+    size: int
+    """Positions per chunk; a sequence's last chunk may hold fewer."""
+    count: int
+    """Sequences."""
+    chunks: Int[Tensor, "chunk three"]
+    """Of every chunk: its batch row, its first position there, how many positions it has."""
+    first_chunk: Int[Tensor, "sequences_plus_1"]
+    """The number of every sequence's first chunk, and at the end the number of chunks."""
+
+    @classmethod
+    def of_batch(cls, batch: int, length: int, size: int, device: torch.device) -> "Sequences":
+        """Sequences of one length, one in every batch row."""
+        each = -(-length // size)
+        place = {"dtype": torch.int32, "device": device}
+        rows = torch.arange(batch, **place).repeat_interleave(each)
+        starts = (torch.arange(each, **place) * size).repeat(batch)
+        counts = (length - starts).clamp(max=size)
+        return cls(size, batch, torch.stack([rows, starts, counts], dim=1), torch.arange(batch + 1, **place) * each)
+
+    @classmethod
+    def packed(cls, cu_lengths: Int[Tensor, "sequences_plus_1"], size: int, device: torch.device) -> "Sequences":
+        """Sequences one after the other in a single row, the i-th at cu_lengths[i] .. cu_lengths[i + 1] - 1.
+
+        How many chunks there are decides the size of scratch, so the lengths are read on the host.
+        """
+        stops = cu_lengths.tolist()
+        chunks, first_chunk = [], [0]
+        for start, stop in zip(stops, stops[1:], strict=False):
+            chunks += [(0, at, min(size, stop - at)) for at in range(start, stop, size)]
+            first_chunk.append(len(chunks))
+        place = {"dtype": torch.int32, "device": device}
+        table = torch.tensor(chunks, **place).reshape(-1, 3)
+        return cls(size, len(stops) - 1, table, torch.tensor(first_chunk, **place))
+
+
+def rows_of(tensor: Tensor | None) -> Rows | None:
+    """[batch, pos, head, ...] as kernels take it; copied only where its last axis is not contiguous."""
+    if tensor is None:
+        return None
+    if tensor.ndim > 3 and tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    return tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def terms_of(tensor: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """[batch, pos, head, d] or [batch, pos, head, term, d] as kernels take it, with the stride of its terms at the end."""
+    rows = rows_of(tensor)
+    assert rows is not None
+    return *rows, (rows[0].stride(3) if tensor.ndim == 5 else 0)
+
+
+def states_of(state: Float[Tensor, "sequences_or_1 head d_k d_v"] | None) -> Rows | None:
+    """A state as rows whose positions are its key channels; a single one serves every sequence with a stride of 0."""
+    if state is None:
+        return None
+    if state.stride(-1) != 1:
+        state = state.contiguous()
+    return state, (state.stride(0) if len(state) > 1 else 0), state.stride(2), state.stride(1)
+
+
+def scratch(*shape: int, like: Tensor) -> Float[Tensor, "*shape"]:
+    """Uninitialised float32 memory beside a tensor: the one place where kernels get memory that nobody has written."""
+    return torch.empty(*shape, dtype=torch.float32, device=like.device)
+
+
+def block_of(width: int, most: int = 256) -> int:
+    """The smallest power of two that covers a width, no smaller than a matrix product takes and no larger than `most`."""
+    return min(max(16, 1 << (width - 1).bit_length()), most)
+
+
+def backend_of(device: torch.device) -> str:
+    """ "hip" where torch was built for AMD GPUs, else "cuda"; the interpreter on the CPU takes either."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How float32 tiles are multiplied, as Triton's `input_precision`."""
+
+    exact: str
+    """As float32 would: of the triangular inverse always, and of everything where the inputs are float32."""
+    fast: str
+    """Of all other products."""
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, backend: str) -> "Precision":
+        """16-bit inputs are exact in TF32's 10 bits of mantissa (float16) or nearly so in what is computed from them."""
+        exact = "tf32x3" if backend == "cuda" else "ieee"
+        return cls(exact, exact if dtype == torch.float32 else "tf32")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as a value: to be run, or to be compiled where no GPU is."""
+
+    kernel: Any
+    """The function under @triton.jit."""
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    """A value for every parameter of the kernel."""
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def run(self) -> None:
+        """Start the kernel, unless there is nothing to do."""
+        if all(self.grid):
+            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+            self.kernel[self.grid](**self.arguments, **options)
+
+
+def run(launches: "list[Launch]") -> None:
+    """Start kernels one after the other; each may read what those before it wrote."""
+    for launch in launches:
+        launch.run()
+
+
+def form_of(factors: Factors) -> str:
+    """ "tied", "decoupled" or "plain" (nothing is erased): what decides which scratch there is."""
+    if factors.erase_strength is not None:
+        return "tied"
+    return "plain" if factors.erase is None else "decoupled"

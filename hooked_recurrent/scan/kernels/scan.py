@@ -1,0 +1,69 @@
+"""The public scan on Triton kernels, with the signature of the other backends and two more abilities: packed sequences, snapshots."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_recurrent.factors import Factors, Read
+from hooked_recurrent.scan.kernels.forward import carry, read
+from hooked_recurrent.scan.kernels.layout import Precision, Sequences, backend_of
+from hooked_recurrent.scan.kernels.prepare import prepare
+
+
+class ScanResult(NamedTuple):
+    """What a scan leaves, in float32."""
+
+    read: Read
+    """[batch, pos, head, d_v]."""
+    state: Float[Tensor, "sequences head d_k d_v"] | None
+    """The state of every sequence after its last position; None unless wanted."""
+    snapshots: list[Float[Tensor, "sequences head d_k d_v"]]
+    """The states after the counts of positions asked for."""
+
+
+def triton_scan(
+    factors: Factors,
+    initial_state: Float[Tensor, "sequences_or_1 head d_k d_v"] | None = None,
+    *,
+    cu_lengths: Int[Tensor, "sequences_plus_1"] | None = None,
+    snapshots: Sequence[int] = (),
+    want_state: bool = True,
+) -> ScanResult:
+    """Scan in chunks with kernels; equal to `step_scan` up to the rounding of float32.
+
+    Args:
+        factors: the six roles in float32, bfloat16 or float16, tied or decoupled, with one or several writes per position.
+        initial_state: S_0, zero by default; a single one serves every sequence.
+        cu_lengths: where packed sequences stop, from 0: sequence i has the positions cu_lengths[i] .. cu_lengths[i + 1] - 1 of the
+            only batch row. None for one sequence per row.
+        snapshots: after how many positions states are wanted too; not with cu_lengths.
+        want_state: whether the final state is needed.
+    """
+    batch, length = factors.query.shape[:2]
+    device, size = factors.query.device, chunk_size(factors)
+    if cu_lengths is None:
+        sequences = Sequences.of_batch(batch, length, size, device)
+    else:
+        sequences = Sequences.packed(cu_lengths, size, device)
+    prepared = prepare(factors, sequences)
+    y, states, final = carry(
+        sequences,
+        whole=prepared.whole,
+        solved_prober=prepared.solved_prober,
+        solved_given=prepared.solved_given,
+        carrier=prepared.carrier,
+        injector=prepared.injector,
+        value=factors.write_value,
+        initial_state=initial_state,
+        d_k=factors.d_k,
+        precision=Precision.of(factors.query.dtype, backend_of(device)),
+        want_final=want_state,
+    )
+    return ScanResult(read(prepared, y, states, factors, sequences), final, [])
+
+
+def chunk_size(factors: Factors) -> int:
+    """Positions per chunk: 16 where the decays between positions are per channel, else as many as the matrices of a chunk allow."""
+    return 16 if factors.vector_decay else (64 if factors.d_k <= 128 else 32)
