@@ -82,9 +82,9 @@ def states_of(state: Float[Tensor, "sequences_or_1 head d_k d_v"] | None) -> Row
     return state, (state.stride(0) if len(state) > 1 else 0), state.stride(2), state.stride(1)
 
 
-def scratch(*shape: int, like: Tensor) -> Float[Tensor, "*shape"]:
-    """Uninitialised float32 memory beside a tensor: the one place where kernels get memory that nobody has written."""
-    return torch.empty(*shape, dtype=torch.float32, device=like.device)
+def scratch(*shape: int, like: Tensor, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    """Uninitialised memory beside a tensor: the one place where kernels get memory that nobody has written."""
+    return torch.empty(*shape, dtype=dtype, device=like.device)
 
 
 def block_of(width: int, most: int = 256) -> int:
