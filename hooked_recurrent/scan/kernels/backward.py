@@ -13,6 +13,7 @@ and those of keys and decays stand in gradients.py, from the products of g and x
 """
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -124,8 +125,8 @@ def value_gradient_kernel(
     if queried is None:
         total = answers
     else:
-        tile = load_tile(first_row(upstream, row, start, head), upstream[2], places, count, columns, d_v)
-        total = tl.dot(tl.trans(load_square(queried + square, C)), tile, input_precision=FAST)
+        reads = load_tile(first_row(upstream, row, start, head), upstream[2], places, count, columns, d_v)
+        total = tl.dot(tl.trans(load_square(queried + square, C)), reads, input_precision=FAST)
         if probed is not None:
             total = tl.dot(tl.trans(load_square(probed + square, C)), answers, total, input_precision=FAST)
         rows = scratch_block(injector, chunk, head, heads, TERMS * C * d_k) + term * C * d_k
@@ -206,8 +207,8 @@ def common_arguments(
         "VECTOR": factors.vector_decay,
         "TERMS": terms_in(factors),
         "C": sequences.size,
-        "BK": block_of(factors.d_k, 64),
-        "BV": block_of(factors.d_v, 64),
+        "BK": block_of(factors.d_k, int(os.environ.get("BK", 64))),
+        "BV": block_of(factors.d_v, int(os.environ.get("BV", 64))),
         "FAST": precision.fast,
     }
 
@@ -216,7 +217,7 @@ def launch(kernel: Any, known: Mapping[str, Any], across: int = 1, **arguments: 
     """A kernel for every chunk and head, and `across` what else; it takes from `known` what `arguments` leave out."""
     known = {**known, **arguments}
     taken = {name: known[name] for name in inspect.signature(kernel.fn).parameters}
-    return Launch(kernel, (len(known["chunks"]), known["heads"], across), taken)
+    return Launch(kernel, (len(known["chunks"]), known["heads"], across), taken, num_warps=int(os.environ.get("WARPS", 4)))
 
 
 @dataclass(frozen=True)
