@@ -19,10 +19,8 @@ from hooked_recurrent.scan.kernels.layout import (
     Launch,
     Precision,
     Sequences,
-    backend_of,
     block_of,
     rows_of,
-    run,
     scratch,
     states_of,
     terms_of,
@@ -173,7 +171,7 @@ def carry(
         "BV": block,
         "FAST": precision.fast,
     }
-    run([Launch(carry_kernel, (sequences.count * heads, triton.cdiv(d_v, block)), arguments)])
+    Launch(carry_kernel, (sequences.count * heads, triton.cdiv(d_v, block)), arguments).run()
     return y, states, final
 
 
@@ -204,8 +202,8 @@ def read(
         "C": sequences.size,
         "BK": block_of(factors.d_k, 64),
         "BV": block,
-        "FAST": Precision.of(factors.query.dtype, backend_of(out.device)).fast,
+        "FAST": Precision.of(factors.query.dtype).fast,
     }
     grid = (len(sequences.chunks), heads, triton.cdiv(factors.d_v, block))
-    run([Launch(read_kernel, grid, arguments)])
+    Launch(read_kernel, grid, arguments).run()
     return out

@@ -20,10 +20,8 @@ from hooked_recurrent.scan.kernels.layout import (
     Launch,
     Precision,
     Sequences,
-    backend_of,
     block_of,
     rows_of,
-    run,
     scratch,
     terms_of,
 )
@@ -47,10 +45,9 @@ from hooked_recurrent.scan.kernels.tiles import (
 
 @dataclass(frozen=True)
 class Prepared:
-    """Of every chunk and head, what chunked.py calls a `Chunk`, with the solver already applied to what does not depend on the state.
+    """Of every chunk and head, what chunked.py calls a `Chunk`, the solver already applied to what it can be.
 
-    Key-side rows are [chunk, head, (term,) C, d_k], value-side rows [chunk, head, C, d_v], squares [chunk, head, (term,) C, C]; the
-    rows of places without a position are zero. Tied factors leave the term axis away.
+    All in float32, with one row per place of a chunk; rows of places without a position are zero.
     """
 
     whole: Tensor
@@ -244,7 +241,29 @@ def value_rows_kernel(
 def prepare(factors: Factors, sequences: Sequences, *, keep_prober: bool = False) -> Prepared:
     """What every chunk does to its incoming state; `prober` is kept for the adjoint only."""
     prepared = empty_prepared(factors, sequences, keep_prober=keep_prober)
-    run(prepare_launches(factors, sequences, prepared, backend_of(factors.query.device)))
+    chunks, heads, d_k, d_v = len(sequences.chunks), factors.query.shape[2], factors.d_k, factors.d_v
+    precision = Precision.of(factors.query.dtype)
+    key_block, value_block = block_of(d_k, 64), block_of(d_v, 64)
+    shared = {"chunks": sequences.chunks, "solver": prepared.solver, "heads": heads}
+    shared |= {"TERMS": terms_in(factors), "C": sequences.size, "FAST": precision.fast}
+    roles = {"write_key": terms_of(factors.write_key)} | {
+        name: rows_of(getattr(factors, name)) for name in ("log_decay", "query", "erase", "probe", "erase_strength")
+    }
+
+    def outputs(*names: str) -> dict[str, Tensor | None]:
+        return {name: getattr(prepared, name) for name in names}
+
+    kernel = channel_grams_kernel if factors.vector_decay else scalar_grams_kernel
+    grams = {**shared, **roles, **outputs("asked", "probed", "queried")}
+    grams |= {"d_k": d_k, "BK": key_block, "EXACT": precision.exact}
+    Launch(kernel, (chunks, heads), grams).run()
+    key_rows = {**shared, **roles, **outputs("whole", "reader", "carrier", "injector", "prober", "solved_prober")}
+    key_rows |= {"d_k": d_k, "BK": key_block, "PER_CHANNEL": factors.vector_decay}
+    Launch(key_rows_kernel, (chunks, heads, triton.cdiv(d_k, key_block)), key_rows).run()
+    if factors.erases:
+        value_rows = {**shared, **outputs("probed", "solved_given"), "write_value": terms_of(factors.write_value)}
+        value_rows |= {"d_v": d_v, "BV": value_block}
+        Launch(value_rows_kernel, (chunks, heads, triton.cdiv(d_v, value_block)), value_rows).run()
     return prepared
 
 
@@ -268,32 +287,6 @@ def empty_prepared(factors: Factors, sequences: Sequences, *, keep_prober: bool 
         if not tied:
             prepared["probed"] = rows(size, terms)
     return Prepared(**prepared)
-
-
-def prepare_launches(factors: Factors, sequences: Sequences, into: Prepared, backend: str) -> list[Launch]:
-    """The launches that fill `into`, in order."""
-    chunks, heads, size = len(sequences.chunks), factors.query.shape[2], sequences.size
-    d_k, d_v = factors.d_k, factors.d_v
-    precision = Precision.of(factors.query.dtype, backend)
-    key_block, value_block = block_of(d_k, 64), block_of(d_v, 64)
-    shared = {"chunks": sequences.chunks, "solver": into.solver, "heads": heads}
-    shared |= {"TERMS": terms_in(factors), "C": size, "FAST": precision.fast}
-    roles = {"write_key": terms_of(factors.write_key)} | {
-        name: rows_of(getattr(factors, name)) for name in ("log_decay", "query", "erase", "probe", "erase_strength")
-    }
-    squares = {"asked": into.asked, "probed": into.probed, "queried": into.queried}
-    kernel = channel_grams_kernel if factors.vector_decay else scalar_grams_kernel
-    grams = {**shared, **roles, **squares, "d_k": d_k, "BK": key_block, "EXACT": precision.exact}
-    launches = [Launch(kernel, (chunks, heads), grams)]
-    names = ("whole", "reader", "carrier", "injector", "prober", "solved_prober")
-    outputs = {name: getattr(into, name) for name in names}
-    key_rows = {**shared, **roles, **outputs, "d_k": d_k, "PER_CHANNEL": factors.vector_decay, "BK": key_block}
-    launches.append(Launch(key_rows_kernel, (chunks, heads, triton.cdiv(d_k, key_block)), key_rows))
-    if factors.erases:
-        value_rows = {**shared, "write_value": terms_of(factors.write_value), "probed": into.probed}
-        value_rows |= {"solved_given": into.solved_given, "d_v": d_v, "BV": value_block}
-        launches.append(Launch(value_rows_kernel, (chunks, heads, triton.cdiv(d_v, value_block)), value_rows))
-    return launches
 
 
 def terms_in(factors: Factors) -> int:
