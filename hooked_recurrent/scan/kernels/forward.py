@@ -185,7 +185,7 @@ def read(
     """What every query reads."""
     batch, length, heads = factors.query.shape[:3]
     out = scratch(batch, length, heads, factors.d_v, like=factors.query)
-    block = block_of(factors.d_v, 64)
+    block = block_of(factors.d_v, 32)
     arguments = {
         "reader": prepared.reader,
         "states": states,
@@ -200,7 +200,7 @@ def read(
         "d_v": factors.d_v,
         "TERMS": 1 if prepared.queried is None else prepared.queried.shape[2],
         "C": sequences.size,
-        "BK": block_of(factors.d_k, 64),
+        "BK": block_of(factors.d_k, 32),
         "BV": block,
         "FAST": Precision.of(factors.query.dtype).fast,
     }
