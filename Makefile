@@ -43,7 +43,7 @@ benchmarks: $(INSTALLED)
 	set -e; for name in $(TIMED); do echo "== $$name"; $(ALLOCATOR) $(BIN)/python benchmarks/$$name.py; done
 
 kernels: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python benchmarks/kernels.py
+	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out

@@ -19,10 +19,8 @@ from hooked_recurrent.scan.kernels.layout import (
     Launch,
     Precision,
     Sequences,
-    backend_of,
     block_of,
     rows_of,
-    run,
     scratch,
     states_of,
     terms_of,
@@ -173,7 +171,7 @@ def carry(
         "BV": block,
         "FAST": precision.fast,
     }
-    run([Launch(carry_kernel, (sequences.count * heads, triton.cdiv(d_v, block)), arguments)])
+    Launch(carry_kernel, (sequences.count * heads, triton.cdiv(d_v, block)), arguments).run()
     return y, states, final
 
 
@@ -187,7 +185,7 @@ def read(
     """What every query reads."""
     batch, length, heads = factors.query.shape[:3]
     out = scratch(batch, length, heads, factors.d_v, like=factors.query)
-    block = block_of(factors.d_v, 64)
+    block = block_of(factors.d_v, 32)
     arguments = {
         "reader": prepared.reader,
         "states": states,
@@ -202,10 +200,10 @@ def read(
         "d_v": factors.d_v,
         "TERMS": 1 if prepared.queried is None else prepared.queried.shape[2],
         "C": sequences.size,
-        "BK": block_of(factors.d_k, 64),
+        "BK": block_of(factors.d_k, 32),
         "BV": block,
-        "FAST": Precision.of(factors.query.dtype, backend_of(out.device)).fast,
+        "FAST": Precision.of(factors.query.dtype).fast,
     }
     grid = (len(sequences.chunks), heads, triton.cdiv(factors.d_v, block))
-    run([Launch(read_kernel, grid, arguments)])
+    Launch(read_kernel, grid, arguments).run()
     return out

@@ -4,15 +4,14 @@ Scratch has one block of rows per chunk and head. Chunks are numbered through al
 sequences and those of a rectangular batch are the same to every kernel: a table says where each chunk's positions stand.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from hooked_recurrent.factors import Factors
 
 Rows = tuple[Tensor, int, int, int]
 """A tensor with the strides of its batch row, position and head: what kernels call `rows`. Its last axis is contiguous."""
@@ -92,8 +91,10 @@ def block_of(width: int, most: int = 256) -> int:
     return min(max(16, 1 << (width - 1).bit_length()), most)
 
 
-def backend_of(device: torch.device) -> str:
-    """ "hip" where torch was built for AMD GPUs, else "cuda"; the interpreter on the CPU takes either."""
+def backend() -> str:
+    """ "hip" where torch was built for AMD GPUs, else "cuda"; the interpreter takes what either does."""
+    if _recordings:
+        return _recordings[-1].backend
     return "hip" if torch.version.hip else "cuda"
 
 
@@ -107,9 +108,9 @@ class Precision:
     """Of all other products."""
 
     @classmethod
-    def of(cls, dtype: torch.dtype, backend: str) -> "Precision":
-        """16-bit inputs are exact in TF32's 10 bits of mantissa (float16) or nearly so in what is computed from them."""
-        exact = "tf32x3" if backend == "cuda" else "ieee"
+    def of(cls, dtype: torch.dtype) -> "Precision":
+        """For inputs of a dtype. TF32 keeps as many bits of mantissa as float16 and more than bfloat16."""
+        exact = "tf32x3" if backend() == "cuda" else "ieee"
         return cls(exact, exact if dtype == torch.float32 else "tf32")
 
 
@@ -126,20 +127,33 @@ class Launch:
     num_stages: int = 1
 
     def run(self) -> None:
-        """Start the kernel, unless there is nothing to do."""
-        if all(self.grid):
+        """Start the kernel, unless there is nothing to do or launches are recorded."""
+        if _recordings:
+            _recordings[-1].launches.append(self)
+        elif all(self.grid):
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
             self.kernel[self.grid](**self.arguments, **options)
 
 
-def run(launches: "list[Launch]") -> None:
-    """Start kernels one after the other; each may read what those before it wrote."""
-    for launch in launches:
-        launch.run()
+@dataclass(frozen=True)
+class Recording:
+    """Launches that were asked for on a GPU of some backend, none of which ran."""
+
+    backend: str
+    launches: list[Launch] = field(default_factory=list)
 
 
-def form_of(factors: Factors) -> str:
-    """ "tied", "decoupled" or "plain" (nothing is erased): what decides which scratch there is."""
-    if factors.erase_strength is not None:
-        return "tied"
-    return "plain" if factors.erase is None else "decoupled"
+_recordings: list[Recording] = []
+
+
+@contextmanager
+def recorded(backend: str) -> Iterator[list[Launch]]:
+    """While it lasts kernels are listed instead of run, so that those of a GPU can be compiled where there is none.
+
+    Tensors may be on the meta device, and nothing that a kernel would have written may be looked at.
+    """
+    _recordings.append(Recording(backend))
+    try:
+        yield _recordings[-1].launches
+    finally:
+        _recordings.pop()

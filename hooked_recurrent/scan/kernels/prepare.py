@@ -2,7 +2,8 @@
 
 The steps are those of chunked.py, with the same names:
 
-    grams       1. Gram matrices with the decay between their positions, and the solver     (a program per chunk and head)
+    grams       1. Gram matrices with the decay between their positions                     (a program per chunk and head)
+    solver         and (I - M)^{-1}
     key rows    2. what meets the state on the key side: reader, solver @ prober, carrier   (... and block of key channels)
     value rows  3. solver @ given                                                           (... and block of value channels)
 """
@@ -20,10 +21,8 @@ from hooked_recurrent.scan.kernels.layout import (
     Launch,
     Precision,
     Sequences,
-    backend_of,
     block_of,
     rows_of,
-    run,
     scratch,
     terms_of,
 )
@@ -47,10 +46,9 @@ from hooked_recurrent.scan.kernels.tiles import (
 
 @dataclass(frozen=True)
 class Prepared:
-    """Of every chunk and head, what chunked.py calls a `Chunk`, with the solver already applied to what does not depend on the state.
+    """Of every chunk and head, what chunked.py calls a `Chunk`, the solver already applied to what it can be.
 
-    Key-side rows are [chunk, head, (term,) C, d_k], value-side rows [chunk, head, C, d_v], squares [chunk, head, (term,) C, C]; the
-    rows of places without a position are zero. Tied factors leave the term axis away.
+    All in float32, with one row per place of a chunk; rows of places without a position are zero.
     """
 
     whole: Tensor
@@ -83,9 +81,9 @@ def scalar_grams_kernel(
     log_decay, write_key, query, erase, probe, erase_strength,
     chunks, solver, asked, probed, queried,
     heads, d_k,
-    TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+    TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The [C, C] matrices of a chunk where a head decays as one: solver, asked, and per write term probed and queried."""
+    """The [C, C] matrices of a chunk where a head decays as one: M (in solver), asked, per write term probed and queried."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     row, start, count = chunk_place(chunks, chunk)
     places = tl.arange(0, C)
@@ -98,14 +96,14 @@ def scalar_grams_kernel(
         strength = tl.load(strength, mask=places < count, other=0.0).to(tl.float32)
         product = gram(key, write_key[2], key, write_key[2], places, count, d_k, BK, FAST)
         here = scratch_block(solver, chunk, head, heads, C * C)
-        store_square(here, inverse(strength[:, None] * exclusive * product, EXACT), C)
+        store_square(here, strength[:, None] * exclusive * product, C)
         product = gram(asks, query[2], key, write_key[2], places, count, d_k, BK, FAST)
         store_square(scratch_block(asked, chunk, head, heads, C * C), inclusive * product, C)
     else:
         if erase is not None:
             probes, erases = first_row(probe, row, start, head), first_row(erase, row, start, head)
             product = gram(probes, probe[2], erases, erase[2], places, count, d_k, BK, FAST)
-            store_square(scratch_block(solver, chunk, head, heads, C * C), inverse(exclusive * product, EXACT), C)
+            store_square(scratch_block(solver, chunk, head, heads, C * C), exclusive * product, C)
             product = gram(asks, query[2], erases, erase[2], places, count, d_k, BK, FAST)
             store_square(scratch_block(asked, chunk, head, heads, C * C), inclusive * product, C)
         for term in range(TERMS):
@@ -125,7 +123,7 @@ def channel_grams_kernel(
     log_decay, write_key, query, erase, probe, erase_strength,
     chunks, solver, asked, probed, queried,
     heads, d_k,
-    TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr,
+    TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The same matrices where every key channel decays at its own rate."""
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -148,7 +146,7 @@ def channel_grams_kernel(
             places = tl.arange(0, C)
             strength = first_row(erase_strength, row, start, head)
             strength = load_tile(strength, erase_strength[2], places, count, tl.arange(0, 1), 1)
-            store_square(solver + square, inverse(strength * on_probe, EXACT), C)
+            store_square(solver + square, strength * on_probe, C)
             store_square(asked + square, on_query, C)
         else:
             if erase is not None:
@@ -159,8 +157,24 @@ def channel_grams_kernel(
         on_probe, on_query = grams_per_channel(
             probes, probe_stride, asks, query[2], erases, erase[2], decay, log_decay[2], count, d_k, C, BK
         )
-        store_square(solver + square, inverse(on_probe, EXACT), C)
+        store_square(solver + square, on_probe, C)
         store_square(asked + square, on_query, C)
+
+
+@triton.jit
+@no_type_check
+def solver_kernel(solver, heads, C: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """(I - M)^{-1} in the place of M, in one block or in two on the diagonal and what couples them."""
+    here = scratch_block(solver, tl.program_id(0), tl.program_id(1), heads, C * C)
+    places = tl.arange(0, BLOCK)
+    here += places[:, None] * C + places[None, :]
+    early = inverse(tl.load(here), EXACT)
+    tl.store(here, early)
+    if BLOCK < C:
+        late = inverse(tl.load(here + BLOCK * (C + 1)), EXACT)
+        tl.store(here + BLOCK * (C + 1), late)
+        coupled = tl.dot(late, tl.load(here + BLOCK * C), input_precision=EXACT)
+        tl.store(here + BLOCK * C, tl.dot(coupled, early, input_precision=EXACT))
 
 
 @triton.jit
@@ -244,7 +258,38 @@ def value_rows_kernel(
 def prepare(factors: Factors, sequences: Sequences, *, keep_prober: bool = False) -> Prepared:
     """What every chunk does to its incoming state; `prober` is kept for the adjoint only."""
     prepared = empty_prepared(factors, sequences, keep_prober=keep_prober)
-    run(prepare_launches(factors, sequences, prepared, backend_of(factors.query.device)))
+    chunks, heads, d_k, d_v = len(sequences.chunks), factors.query.shape[2], factors.d_k, factors.d_v
+    size, precision = sequences.size, Precision.of(factors.query.dtype)
+    key_block, value_block = block_of(d_k, 32), block_of(d_v, 32)
+    shared = {"chunks": sequences.chunks, "solver": prepared.solver, "heads": heads}
+    shared |= {"TERMS": terms_in(factors), "C": size}
+    roles = {"write_key": terms_of(factors.write_key)} | {
+        name: rows_of(getattr(factors, name)) for name in ("log_decay", "query", "erase", "probe", "erase_strength")
+    }
+
+    def outputs(*names: str) -> dict[str, Tensor | None]:
+        return {name: getattr(prepared, name) for name in names}
+
+    kernel = channel_grams_kernel if factors.vector_decay else scalar_grams_kernel
+    grams = {**shared, **roles, **outputs("asked", "probed", "queried")}
+    grams |= {"d_k": d_k, "BK": block_of(d_k, 32)} | ({} if factors.vector_decay else {"FAST": precision.fast})
+    Launch(kernel, (chunks, heads), grams).run()
+    if factors.erases:
+        solver = {
+            "solver": prepared.solver,
+            "heads": heads,
+            "C": size,
+            "BLOCK": min(size, 32),
+            "EXACT": precision.exact,
+        }
+        Launch(solver_kernel, (chunks, heads), solver).run()
+    key_rows = {**shared, **roles, **outputs("whole", "reader", "carrier", "injector", "prober", "solved_prober")}
+    key_rows |= {"d_k": d_k, "BK": key_block, "FAST": precision.fast, "PER_CHANNEL": factors.vector_decay}
+    Launch(key_rows_kernel, (chunks, heads, triton.cdiv(d_k, key_block)), key_rows).run()
+    if factors.erases:
+        value_rows = {**shared, **outputs("probed", "solved_given"), "write_value": terms_of(factors.write_value)}
+        value_rows |= {"d_v": d_v, "BV": value_block, "FAST": precision.fast}
+        Launch(value_rows_kernel, (chunks, heads, triton.cdiv(d_v, value_block)), value_rows).run()
     return prepared
 
 
@@ -268,32 +313,6 @@ def empty_prepared(factors: Factors, sequences: Sequences, *, keep_prober: bool 
         if not tied:
             prepared["probed"] = rows(size, terms)
     return Prepared(**prepared)
-
-
-def prepare_launches(factors: Factors, sequences: Sequences, into: Prepared, backend: str) -> list[Launch]:
-    """The launches that fill `into`, in order."""
-    chunks, heads, size = len(sequences.chunks), factors.query.shape[2], sequences.size
-    d_k, d_v = factors.d_k, factors.d_v
-    precision = Precision.of(factors.query.dtype, backend)
-    key_block, value_block = block_of(d_k, 64), block_of(d_v, 64)
-    shared = {"chunks": sequences.chunks, "solver": into.solver, "heads": heads}
-    shared |= {"TERMS": terms_in(factors), "C": size, "FAST": precision.fast}
-    roles = {"write_key": terms_of(factors.write_key)} | {
-        name: rows_of(getattr(factors, name)) for name in ("log_decay", "query", "erase", "probe", "erase_strength")
-    }
-    squares = {"asked": into.asked, "probed": into.probed, "queried": into.queried}
-    kernel = channel_grams_kernel if factors.vector_decay else scalar_grams_kernel
-    grams = {**shared, **roles, **squares, "d_k": d_k, "BK": key_block, "EXACT": precision.exact}
-    launches = [Launch(kernel, (chunks, heads), grams)]
-    names = ("whole", "reader", "carrier", "injector", "prober", "solved_prober")
-    outputs = {name: getattr(into, name) for name in names}
-    key_rows = {**shared, **roles, **outputs, "d_k": d_k, "PER_CHANNEL": factors.vector_decay, "BK": key_block}
-    launches.append(Launch(key_rows_kernel, (chunks, heads, triton.cdiv(d_k, key_block)), key_rows))
-    if factors.erases:
-        value_rows = {**shared, "write_value": terms_of(factors.write_value), "probed": into.probed}
-        value_rows |= {"solved_given": into.solved_given, "d_v": d_v, "BV": value_block}
-        launches.append(Launch(value_rows_kernel, (chunks, heads, triton.cdiv(d_v, value_block)), value_rows))
-    return launches
 
 
 def terms_in(factors: Factors) -> int:

@@ -1,4 +1,4 @@
-"""The public scan on Triton kernels, with the signature of the other backends and two more abilities: packed sequences, snapshots."""
+"""The public scan on Triton kernels: like the other backends, and able to take packed sequences and snapshots."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooked_recurrent.factors import Factors, Read
 from hooked_recurrent.scan.kernels.forward import carry, read
-from hooked_recurrent.scan.kernels.layout import Precision, Sequences, backend_of
+from hooked_recurrent.scan.kernels.layout import Precision, Sequences
 from hooked_recurrent.scan.kernels.prepare import prepare
 
 
@@ -36,8 +36,8 @@ def triton_scan(
     Args:
         factors: the six roles in float32, bfloat16 or float16, tied or decoupled, with one or several writes per position.
         initial_state: S_0, zero by default; a single one serves every sequence.
-        cu_lengths: where packed sequences stop, from 0: sequence i has the positions cu_lengths[i] .. cu_lengths[i + 1] - 1 of the
-            only batch row. None for one sequence per row.
+        cu_lengths: where packed sequences stop, from 0: sequence i has the positions cu_lengths[i] .. cu_lengths[i + 1] - 1
+            of the only batch row. None for one sequence per row.
         snapshots: after how many positions states are wanted too; not with cu_lengths.
         want_state: whether the final state is needed.
     """
@@ -58,12 +58,12 @@ def triton_scan(
         value=factors.write_value,
         initial_state=initial_state,
         d_k=factors.d_k,
-        precision=Precision.of(factors.query.dtype, backend_of(device)),
+        precision=Precision.of(factors.query.dtype),
         want_final=want_state,
     )
     return ScanResult(read(prepared, y, states, factors, sequences), final, [])
 
 
 def chunk_size(factors: Factors) -> int:
-    """Positions per chunk: 16 where the decays between positions are per channel, else as many as the matrices of a chunk allow."""
+    """Positions per chunk: 16 with a decay per channel, which makes Gram matrices column by column, else 64 or 32."""
     return 16 if factors.vector_decay else (64 if factors.d_k <= 128 else 32)

@@ -1,8 +1,8 @@
 """What the chunk kernels share, compiled into each: where rows stand, decays between positions, and the triangular inverse.
 
-`rows` is a tensor of [batch, pos, head, ...] with its strides: (pointer, batch row, position, head). A chunk has `count` positions
-from `start` on in batch row `row`; a tile has one row for each of the chunk's C places, zero where there is no position, and a log
-decay of zero changes nothing. Everything is float32 from here on.
+`rows` is a tensor of [batch, pos, head, ...] with its strides: (pointer, batch row, position, head). A chunk has `count`
+positions from `start` on in batch row `row`; a tile has one row for each of the chunk's C places, zero where there is no
+position, and a log decay of zero changes nothing. Everything is float32 from here on.
 
 Decays are summed over the positions that they cover, never taken as the difference of two sums: one strong decay does not round
 away the weak ones after it, and no exponent is ever positive.

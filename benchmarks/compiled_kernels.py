@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not there, and show what each needs: registers, spills, shared memory, occupancy.
 
-    python benchmarks/kernels.py [--kernel NAME ...] [--target sm_80 sm_90 gfx942] [--widths 64 128 80] [--rules ...]
-                                 [--dtypes float32 bfloat16] [--jobs N] [--json PATH]
+    python benchmarks/compiled_kernels.py [--kernel NAME ...] [--target sm_80 sm_90 gfx942] [--widths 64 128 80]
+                                          [--rules ...] [--dtypes float32 bfloat16] [--jobs N] [--json PATH]
 
 Nothing runs, so no GPU is needed; the numbers are the compilers' own, except the occupancy, which is computed from them
 (`support/compilation.py` has the formula and the limits). The exit status is 1 when a kernel spills registers at d_k = d_v = 64
@@ -10,7 +10,8 @@ or 128, needs more shared memory than a block may have, or does not compile; at 
 
 import os
 
-# Read as triton is imported: an interpreted kernel cannot be compiled. The other names today's default, which is to change.
+# Both are read as triton is imported. An interpreted kernel cannot be compiled; the other names today's default, which is to
+# change. (This file may not be called kernels.py: transformers would import it in the place of the package of that name.)
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 

@@ -18,7 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     """The command in a process of its own, where nothing is interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "benchmarks/kernels.py"), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks/compiled_kernels.py"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
