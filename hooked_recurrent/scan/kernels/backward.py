@@ -13,8 +13,7 @@ and those of keys and decays stand in gradients.py, from the products of g and x
 """
 
 import inspect
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -31,10 +30,9 @@ from hooked_recurrent.scan.kernels.layout import (
     Launch,
     Precision,
     Sequences,
-    backend_of,
     block_of,
+    recorded,
     rows_of,
-    run,
     scratch,
     terms_of,
 )
@@ -49,6 +47,7 @@ from hooked_recurrent.scan.kernels.tiles import (
     store_square,
     store_tile,
 )
+from hooked_recurrent.scan.kernels.variants import Case, Variant, register, variants_of
 
 
 @triton.jit
@@ -150,8 +149,7 @@ def scan_backward(
 
     Returns the gradient of every role, as Factors in the dtypes of the roles, and that of every sequence's initial state.
     """
-    d_k, like = factors.d_k, factors.query
-    precision = Precision.of(like.dtype, backend_of(like.device))
+    shared = {"d_k": factors.d_k, "precision": Precision.of(factors.query.dtype)}
     prepared = prepare(factors, sequences, keep_prober=True)
     y, states, _ = carry(
         sequences,
@@ -162,43 +160,50 @@ def scan_backward(
         injector=prepared.injector,
         value=factors.write_value,
         initial_state=initial_state,
-        d_k=d_k,
-        precision=precision,
         want_final=False,
+        **shared,
     )
-    known = common_arguments(factors, sequences, prepared, upstream, precision)
-    if factors.erases:
-        known["solved_carrier"] = scratch(*prepared.carrier.shape, like=like)
-        known["solved_given"] = scratch(*y.shape, like=like)
-        run([launch(transpose_kernel, known)])
+    known = common_arguments(factors, sequences, prepared, upstream)
+    solved_carrier, solved_given = transposed(factors, prepared, known)
     x, adjoints, initial_gradient = carry(
         sequences,
         whole=prepared.whole,
-        solved_prober=known.get("solved_carrier"),
-        solved_given=known.get("solved_given"),
+        solved_prober=solved_carrier,
+        solved_given=solved_given,
         carrier=prepared.prober,
         injector=prepared.reader[:, :, None],
         value=upstream,
         initial_state=final_gradient,
-        d_k=d_k,
-        precision=precision,
         reverse=True,
+        **shared,
     )
+    assert initial_gradient is not None
     known |= {"states": states, "adjoints": adjoints, "answers": y, "answer_gradient": x}
-    launches, gradients = gradient_launches(factors, known)
-    run(launches)
-    return gradients.total(factors), initial_gradient
+    into = Gradients.empty(factors, known)
+    weights = source_gradients(factors, known, into)
+    reader_gradients(factors, known, into, weights)
+    gradient = terms_of(into.roles["write_value"])
+    start(value_gradient_kernel, known, triton.cdiv(factors.d_v, known["BV"]) * known["TERMS"], gradient=gradient)
+    return into.total(factors), initial_gradient
 
 
-def common_arguments(
-    factors: Factors, sequences: Sequences, prepared: Prepared, upstream: Tensor, precision: Precision
-) -> dict[str, Any]:
+def backward_chunk_size(factors: Factors) -> int:
+    """Positions per chunk: float32 needs three products for one, and registers for more than 32 positions of them are not there."""
+    if factors.vector_decay:
+        return 16
+    return 32 if factors.query.dtype == torch.float32 or factors.d_k > 128 else 64
+
+
+def common_arguments(factors: Factors, sequences: Sequences, prepared: Prepared, upstream: Tensor) -> dict[str, Any]:
     """What the kernels call alike, by name."""
     names = ("solver", "asked", "carrier", "injector", "queried", "probed")
+    # Vector decays go position by position, on tiles that have no products to hold beside them.
+    key_block = block_of(factors.d_k, 64 if factors.vector_decay else 32)
     return {name: getattr(prepared, name) for name in names} | {
         "chunks": sequences.chunks,
         "log_decay": rows_of(factors.log_decay),
         "query": rows_of(factors.query),
+        "probe": rows_of(factors.probe if factors.erase_strength is None else factors.write_key),
         "strength": rows_of(factors.erase_strength),
         "upstream": rows_of(upstream),
         "heads": factors.query.shape[2],
@@ -207,17 +212,28 @@ def common_arguments(
         "VECTOR": factors.vector_decay,
         "TERMS": terms_in(factors),
         "C": sequences.size,
-        "BK": block_of(factors.d_k, int(os.environ.get("BK", 64))),
-        "BV": block_of(factors.d_v, int(os.environ.get("BV", 64))),
-        "FAST": precision.fast,
+        "BK": key_block,
+        "BV": block_of(factors.d_v, 32),
+        "FAST": Precision.of(factors.query.dtype).fast,
+        "blocks": triton.cdiv(factors.d_k, key_block),
     }
 
 
-def launch(kernel: Any, known: Mapping[str, Any], across: int = 1, **arguments: Any) -> Launch:
-    """A kernel for every chunk and head, and `across` what else; it takes from `known` what `arguments` leave out."""
+def start(kernel: Any, known: dict[str, Any], across: int = 1, **arguments: Any) -> None:
+    """Run a kernel for every chunk and head, and `across` what else; it takes from `known` what `arguments` leave out."""
     known = {**known, **arguments}
     taken = {name: known[name] for name in inspect.signature(kernel.fn).parameters}
-    return Launch(kernel, (len(known["chunks"]), known["heads"], across), taken, num_warps=int(os.environ.get("WARPS", 4)))
+    Launch(kernel, (len(known["chunks"]), known["heads"], across), taken).run()
+
+
+def transposed(factors: Factors, prepared: Prepared, known: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """What takes the place of `solved_prober` and `solved_given` on the way back; None where nothing is erased."""
+    if prepared.carrier is None or prepared.solved_given is None:
+        return None, None
+    carrier = scratch(*prepared.carrier.shape, like=factors.query)
+    given = scratch(*prepared.solved_given.shape, like=factors.query)
+    start(transpose_kernel, known, solved_carrier=carrier, solved_given=given)
+    return carrier, given
 
 
 @dataclass(frozen=True)
@@ -225,90 +241,103 @@ class Gradients:
     """Where the kernels leave gradients. Those that several launches or blocks add to are in parts, whose sum they are."""
 
     roles: dict[str, Tensor]
-    decay_parts: Float[Tensor, "part batch pos head *d_k"]
-    strength_parts: Float[Tensor, "part batch pos head"] | None
+    decay: Float[Tensor, "part batch pos head *d_k"]
+    decay_of: dict[str, Tensor]
+    """The parts of `decay` that paths to each reader, or from each source to the state after, go to."""
+    strength: Float[Tensor, "part batch pos head"] | None
 
     @classmethod
-    def empty(cls, factors: Factors, blocks: int) -> "Gradients":
-        """Nothing yet, for launches over so many blocks of key channels."""
-        dtypes = {name: tensor.dtype for name, tensor in vars(factors).items() if tensor is not None}
-        tied = factors.erase_strength is not None
-        if tied:
-            dtypes["write_key"] = torch.float32  # two launches add up in it
-        roles = {
-            name: scratch(*getattr(factors, name).shape, like=factors.query, dtype=dtype)
-            for name, dtype in dtypes.items()
-            if name not in ("log_decay", "erase_strength")
-        }
-        launches = 4 if factors.erase is not None else 3 if tied else 2
-        parts = launches if factors.vector_decay else launches * blocks
-        decay = scratch(parts, *factors.log_decay.shape, like=factors.query)
-        strength = scratch(blocks, *factors.erase_strength.shape, like=factors.query) if tied else None
-        return cls(roles, decay, strength)
+    def empty(cls, factors: Factors, known: dict[str, Any]) -> "Gradients":
+        """Nothing yet."""
+        present = {name: role for name, role in vars(factors).items() if role is not None}
+        strength, decay, like = present.pop("erase_strength", None), present.pop("log_decay"), factors.query
+        roles = {name: scratch(*role.shape, like=like, dtype=role.dtype) for name, role in present.items()}
+        if strength is not None:
+            roles["write_key"] = scratch(*factors.write_key.shape, like=like)  # two launches add up in it
+            strength = scratch(known["blocks"], *strength.shape, like=like)
+        counts = {"write_key": known["TERMS"], "query": 1}
+        counts |= {"probe": 1} if factors.erases else {}
+        counts |= {"erase": 1} if factors.erase is not None else {}
+        counts = {name: count * (1 if factors.vector_decay else known["blocks"]) for name, count in counts.items()}
+        parts = scratch(sum(counts.values()), *decay.shape, like=like)
+        return cls(roles, parts, dict(zip(counts, parts.split(list(counts.values())), strict=True)), strength)
 
     def total(self, factors: Factors) -> Factors:
         """The gradients in the dtypes of the factors."""
-        roles = {**self.roles, "log_decay": self.decay_parts.sum(0)}
-        if self.strength_parts is not None:
-            roles["erase_strength"] = self.strength_parts.sum(0)
+        roles = {**self.roles, "log_decay": self.decay.sum(0)}
+        if self.strength is not None:
+            roles["erase_strength"] = self.strength.sum(0)
         return Factors(**{name: gradient.to(getattr(factors, name).dtype) for name, gradient in roles.items()})
 
 
-def empty_weights(factors: Factors, known: dict[str, Any], terms: int) -> dict[str, Tensor | None]:
-    """Where `weigh` leaves the products of the gradients of reads, and of answers, with the values of a source."""
-    shape = (len(known["chunks"]), known["heads"], terms, known["C"], known["C"])
-    names = {"read_weights": True, "answer_weights": factors.erases}
-    return {name: scratch(*shape, like=factors.query) if used else None for name, used in names.items()}
-
-
-def in_parts(parts: Tensor | None) -> tuple[Tensor, int, int, int, int] | None:
+def parts_of(parts: Tensor | None) -> tuple[Tensor, int, int, int, int] | None:
     """[part, batch, pos, head, ...] as kernels take it, with the stride of parts at the end."""
     return None if parts is None else (parts, *parts.stride()[1:4], parts.stride(0))
 
 
-def gradient_launches(factors: Factors, known: dict[str, Any]) -> tuple[list[Launch], Gradients]:
-    """The launches that take every gradient, in order, and where they leave them."""
-    tied, decoupled = factors.erase_strength is not None, factors.erase is not None
-    blocks = triton.cdiv(known["d_k"], known["BK"])
-    into = Gradients.empty(factors, blocks)
-    parts = iter(into.decay_parts.split(1 if factors.vector_decay else blocks))
+def stacked(rows: Float[Tensor, "chunk head place d_v"]) -> tuple[Tensor, int, int, int, int]:
+    """Rows of scratch as kernels take rows of input, a chunk in the place of a batch row."""
+    return rows, rows.stride(0), rows.stride(2), rows.stride(1), 0
 
-    def outputs(name: str) -> dict[str, Any]:
-        part = next(parts)
-        return {"gradient": terms_of(into.roles[name]), "decay_parts": in_parts(part)}
 
-    # Rows of scratch as kernels take rows of input: a chunk in the place of a batch row.
-    stride = (known["heads"] * known["C"] * known["d_v"], known["d_v"], known["C"] * known["d_v"], 0)
-    answers, answer_gradient = (known["answers"], *stride), (known["answer_gradient"], *stride)
+Weights = dict[str, dict[str, Tensor | None]]
+"""Per source, what `weigh` makes of the gradients of reads and of answers."""
 
-    # 1. from sources: the write keys, and the erase where it is not one of them
-    values = {"write_key": answers if tied else terms_of(factors.write_value)} | ({"erase": answers} if decoupled else {})
-    probe = rows_of(factors.write_key if tied else factors.probe)
-    launches, weights = [], {}
-    for name, value in values.items():
-        weights[name] = empty_weights(factors, known, known["TERMS"] if name == "write_key" else 1)
-        shared = {"values": value, "STACKED": value is answers, "TERMS": weights[name]["read_weights"].shape[2]}
-        launches.append(launch(weigh_kernel, known, shared["TERMS"], **shared, **weights[name]))
-        shared |= {"sources": terms_of(getattr(factors, name)), "probe": probe, **outputs(name)}
-        launches.append(launch(source_gradient_kernel, known, blocks, **shared, **weights[name]))
 
-    # 2. from readers: the query, and the probe (of a tied rule: the key's part as probe, after its part as source)
-    sources = {"keys": terms_of(factors.write_key), "erase": terms_of(factors.erase) if decoupled else None}
-    for reader in ["query", "probe"] if factors.erases else ["query"]:
-        probing = reader == "probe"
-        kind = "answer_weights" if probing else "read_weights"
-        shared = {"key_weights": weights["write_key"][kind], "erase_weights": weights.get("erase", {}).get(kind)}
-        shared |= {"STACKED": probing, "EXCLUSIVE": probing, **sources}
-        if probing:
-            shared |= {"upstream": answer_gradient, "adjoints": None, "strength_parts": in_parts(into.strength_parts)}
-        else:
-            shared |= {"strength": None, "strength_parts": None}
-        shared |= outputs("write_key" if probing and tied else reader)
-        readers = probe if probing else known["query"]
-        launches.append(launch(reader_gradient_kernel, known, blocks, readers=readers, **shared))
+def source_gradients(factors: Factors, known: dict[str, Any], into: Gradients) -> Weights:
+    """Gradients of the write keys, and of the erase where it is not one of them."""
+    tied, found = factors.erase_strength is not None, {}
+    for name in ["write_key"] if factors.erase is None else ["write_key", "erase"]:
+        source, in_scratch = getattr(factors, name), tied or name == "erase"
+        terms = known["TERMS"] if name == "write_key" else 1
+        square = (len(known["chunks"]), known["heads"], terms, known["C"], known["C"])
+        answer = scratch(*square, like=factors.query) if factors.erases else None
+        found[name] = {"read_weights": scratch(*square, like=factors.query), "answer_weights": answer}
+        values = stacked(known["answers"]) if in_scratch else terms_of(factors.write_value)
+        shared = {"values": values, "STACKED": in_scratch, "TERMS": terms, **found[name]}
+        start(weigh_kernel, known, terms, **shared)
+        shared |= {"sources": terms_of(source), "gradient": terms_of(into.roles[name])}
+        start(source_gradient_kernel, known, known["blocks"] * terms, decay_parts=parts_of(into.decay_of[name]), **shared)
+    return found
 
-    # 3. of write values
-    across = triton.cdiv(known["d_v"], known["BV"]) * known["TERMS"]
-    gradient = terms_of(into.roles["write_value"])
-    launches.append(launch(value_gradient_kernel, known, across, gradient=gradient))
-    return launches, into
+
+def reader_gradients(factors: Factors, known: dict[str, Any], into: Gradients, weights: Weights) -> None:
+    """Gradients of the query, and of the probe: for a tied rule what the write key has as one, added to what it has as a source."""
+    tied = factors.erase_strength is not None
+    erase = None if factors.erase is None else terms_of(factors.erase)
+    for name in ["query", "probe"] if factors.erases else ["query"]:
+        probing, kind = name == "probe", "answer_weights" if name == "probe" else "read_weights"
+        start(
+            reader_gradient_kernel,
+            known,
+            known["blocks"],
+            readers=known[name],
+            strength=known["strength"] if probing else None,
+            upstream=stacked(known["answer_gradient"]) if probing else known["upstream"],
+            adjoints=None if probing else known["adjoints"],
+            erase=erase,
+            erase_weights=weights["erase"][kind] if erase is not None else None,
+            keys=terms_of(factors.write_key),
+            key_weights=weights["write_key"][kind],
+            gradient=terms_of(into.roles["write_key" if probing and tied else name]),
+            strength_parts=parts_of(into.strength) if probing else None,
+            decay_parts=parts_of(into.decay_of[name]),
+            STACKED=probing,
+            EXCLUSIVE=probing,
+        )
+
+
+@register
+def variants(case: Case) -> Iterator[Variant]:
+    """What `scan_backward` launches for a case."""
+    factors, device = case.factors(), torch.device("meta")
+    batch, length, heads = factors.query.shape[:3]
+    state, upstream = (torch.empty(batch, *shape, device=device) for shape in (
+        (heads, case.d_k, case.d_v), (length, heads, case.d_v)
+    ))
+    sequences = Sequences.of_batch(batch, length, backward_chunk_size(factors), device)
+    with recorded(case.backend) as launches:
+        scan_backward(factors, state, sequences, upstream, state)
+    for launch in launches:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        yield from variants_of("scan backward", launch.kernel, launch.arguments, case, **options)

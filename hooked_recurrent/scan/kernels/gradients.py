@@ -191,19 +191,20 @@ def reader_gradient_kernel(
 
 @triton.jit
 @no_type_check
-def to_readers(total, summed, first, rows, strength, weights, count, columns, d_k, EXCLUSIVE: tl.constexpr):
-    """Vector decay: add sum_i weights[i, t] D(i<-t) reader_i to `total`; with EXCLUSIVE over i > t, and D(i-1<-t)."""
+def to_readers(
+    total, summed, first, stride, weights, scale, scale_stride, count, columns, d_k, EXCLUSIVE: tl.constexpr
+):  # fmt: skip
+    """Vector decay: add sum_i weights[i, t] D(i<-t) scale_i reader_i to `total`; with EXCLUSIVE over i > t, and D(i-1<-t)."""
     C: tl.constexpr = total.shape[0]
     places = tl.arange(0, C)
     for i in range(count):
-        reader = load_row(first, rows[2], i, columns, d_k)
         weight = tl.load(weights + i * C + places)
-        if strength is not None:
-            weight *= tl.load(strength[0] + i * strength[1]).to(tl.float32)
-        reached = row_of(summed, places, i - (1 if EXCLUSIVE else 0))[None, :]
-        earlier = (places < i) if EXCLUSIVE else (places <= i)
-        fade = tl.exp(tl.where(earlier[:, None], reached - summed, float("-inf")))
-        total += fade * (weight[:, None] * reader[None, :])
+        if scale is not None:
+            weight *= tl.load(scale + i * scale_stride).to(tl.float32)
+        reached = row_of(summed, places, i - 1 if EXCLUSIVE else i)[None, :]
+        earlier = ((places < i) if EXCLUSIVE else (places <= i))[:, None]
+        fade = tl.exp(tl.where(earlier, reached - summed, float("-inf")))
+        total += fade * (weight[:, None] * load_row(first, stride, i, columns, d_k)[None, :])
     return total
 
 
@@ -215,49 +216,51 @@ def source_gradient_kernel(
     STACKED: tl.constexpr, VECTOR: tl.constexpr, TERMS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of erases or write keys, and of the decay on every path from one to the state after the chunk."""
-    chunk, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Gradient of erases or write keys, and of the decay from them to the state after. Grid: chunk, head, block and term."""
+    chunk, head, block, term = tl.program_id(0), tl.program_id(1), tl.program_id(2) // TERMS, tl.program_id(2) % TERMS
     row, start, count = chunk_place(chunks, chunk)
     places, columns = tl.arange(0, C), block * BK + tl.arange(0, BK)
     decay, decay_columns = first_row(log_decay, row, start, head), columns if VECTOR else tl.arange(0, 1)
     decay_width = d_k if VECTOR else 1
-    adjoint = scratch_block(adjoints, chunk, head, heads, d_k * d_v)
+    # 1. through the state after the chunk
     value = first_row(values, chunk, start * 0, head) if STACKED else first_row(values, row, start, head)
-    source, here = first_row(sources, row, start, head), first_row(gradient, row, start, head)
-    asking = first_row(query, row, start, head)
-    if probe is not None:
-        probing = first_row(probe, row, start, head)
-        strengths, strength_row = 1.0, None
-        if strength is not None:
-            strength_row = (first_row(strength, row, start, head), strength[2])
-            strengths = load_tile(strength_row[0], strength_row[1], places, count, tl.arange(0, 1), 1)
-    leaving = tl.zeros([C, BK], tl.float32)
-    for term in range(TERMS):
-        # 1. through the state after the chunk
-        total = through_state(
-            value + term * values[4], values[2], adjoint, places, count, columns, d_k, d_v, BV, FAST
-        )
-        total *= until_end(decay, log_decay[2], places, count, decay_columns, decay_width)
-        leaving += total * load_tile(source + term * sources[4], sources[2], places, count, columns, d_k)
-        # 2. to the queries and probes of the chunk
-        offset = scratch_block(0, chunk, head, heads, TERMS * C * C) + term * C * C
-        if VECTOR:
-            summed = summed_decay(decay, log_decay[2], places, count, columns, d_k)
-            total = to_readers(total, summed, asking, query, None, read_weights + offset, count, columns, d_k, 0)
-            if probe is not None:
-                total = to_readers(total, summed, probing, probe, strength_row, answer_weights + offset, count, columns, d_k, 1)
-        else:
-            readers = load_tile(asking, query[2], places, count, columns, d_k)
-            total = tl.dot(tl.trans(load_square(read_weights + offset, C)), readers, total, input_precision=FAST)
-            if probe is not None:
-                readers = strengths * load_tile(probing, probe[2], places, count, columns, d_k)
-                total = tl.dot(tl.trans(load_square(answer_weights + offset, C)), readers, total, input_precision=FAST)
-        store_tile(here + term * gradient[4], gradient[2], places, count, columns, d_k, total)
-    # 3. what left from before t
+    adjoint = scratch_block(adjoints, chunk, head, heads, d_k * d_v)
+    value += term * values[4]
+    total = through_state(value, values[2], adjoint, places, count, columns, d_k, d_v, BV, FAST)
+    total *= until_end(decay, log_decay[2], places, count, decay_columns, decay_width)
+    source = first_row(sources, row, start, head) + term * sources[4]
+    leaving = total * load_tile(source, sources[2], places, count, columns, d_k)
     before = tl.where(places[:, None] > places[None, :], 1.0, 0.0)
     parts = first_row(decay_parts, row, start, head)
     if VECTOR:
+        parts += term * decay_parts[4]
         store_tile(parts, decay_parts[2], places, count, columns, d_k, tl.dot(before, leaving, input_precision=FAST))
     else:
+        parts += tl.program_id(2) * decay_parts[4]
         path = tl.sum(before * tl.sum(leaving, axis=1)[None, :], axis=1)
-        tl.store(parts + block * decay_parts[4] + places * decay_parts[2], path, mask=places < count)
+        tl.store(parts + places * decay_parts[2], path, mask=places < count)
+    # 2. to the queries and probes of the chunk
+    weights = scratch_block(0, chunk, head, heads, TERMS * C * C) + term * C * C
+    asking = first_row(query, row, start, head)
+    if VECTOR:
+        summed = summed_decay(decay, log_decay[2], places, count, columns, d_k)
+        total = to_readers(total, summed, asking, query[2], read_weights + weights, None, 0, count, columns, d_k, False)
+    else:
+        readers = load_tile(asking, query[2], places, count, columns, d_k)
+        total = tl.dot(tl.trans(load_square(read_weights + weights, C)), readers, total, input_precision=FAST)
+    if probe is not None:
+        probing = first_row(probe, row, start, head)
+        scale, scale_stride = None, 0
+        if strength is not None:
+            scale, scale_stride = first_row(strength, row, start, head), strength[2]
+        if VECTOR:
+            total = to_readers(
+                total, summed, probing, probe[2], answer_weights + weights, scale, scale_stride, count, columns, d_k, True
+            )  # fmt: skip
+        else:
+            readers = load_tile(probing, probe[2], places, count, columns, d_k)
+            if scale is not None:
+                readers *= load_tile(scale, scale_stride, places, count, tl.arange(0, 1), 1)
+            total = tl.dot(tl.trans(load_square(answer_weights + weights, C)), readers, total, input_precision=FAST)
+    here = first_row(gradient, row, start, head) + term * gradient[4]
+    store_tile(here, gradient[2], places, count, columns, d_k, total)
