@@ -197,8 +197,7 @@ def backward_chunk_size(factors: Factors) -> int:
 def common_arguments(factors: Factors, sequences: Sequences, prepared: Prepared, upstream: Tensor) -> dict[str, Any]:
     """What the kernels call alike, by name."""
     names = ("solver", "asked", "carrier", "injector", "queried", "probed")
-    # Vector decays go position by position, on tiles that have no products to hold beside them.
-    key_block = block_of(factors.d_k, 64 if factors.vector_decay else 32)
+    key_block = block_of(factors.d_k, 32)
     return {name: getattr(prepared, name) for name in names} | {
         "chunks": sequences.chunks,
         "log_decay": rows_of(factors.log_decay),
@@ -223,7 +222,9 @@ def start(kernel: Any, known: dict[str, Any], across: int = 1, **arguments: Any)
     """Run a kernel for every chunk and head, and `across` what else; it takes from `known` what `arguments` leave out."""
     known = {**known, **arguments}
     taken = {name: known[name] for name in inspect.signature(kernel.fn).parameters}
-    Launch(kernel, (len(known["chunks"]), known["heads"], across), taken).run()
+    # The 16 positions of a chunk with vector decay give fewer warps enough to do.
+    warps = 2 if known["VECTOR"] else 4
+    Launch(kernel, (len(known["chunks"]), known["heads"], across), taken, num_warps=warps).run()
 
 
 def transposed(factors: Factors, prepared: Prepared, known: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
