@@ -129,8 +129,7 @@ def compile_variant(variant: Variant, target_name: str) -> Record:
         read = _read_nvidia if target.backend == "cuda" else _read_amd
         registers, spills = read(compiled)
     except Exception as error:  # every compiler of the chain has errors of its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return Record(**about, error=f"{type(error).__name__}: {' '.join(lines)[:500]}")
+        return Record(**about, error=_in_short(error))
     shared = compiled.metadata.shared
     active, limit = occupancy(target, compiled.metadata.num_warps, registers, shared)
     return Record(
@@ -143,6 +142,14 @@ def compile_variant(variant: Variant, target_name: str) -> Record:
         limited_by=limit,
         seconds=round(time.perf_counter() - start, 2),
     )
+
+
+def _in_short(error: BaseException) -> str:
+    """The end of what the innermost error says: compilers quote the source first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words if len(words) <= 300 else '...' + words[-300:]}"
 
 
 def _compiled(variant: Variant, target: Target) -> Any:

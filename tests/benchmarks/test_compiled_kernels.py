@@ -24,7 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_small_kernels_compile_for_both_vendors(tmp_path):
     table = tmp_path / "table.json"
-    case = ["--kernel", "step", "--widths", "16", "--rules", "mamba2", "rwkv7", "--dtypes", "bfloat16"]
+    case = ["--kernel", "step", "short_conv", "--widths", "16", "--rules", "mamba2", "rwkv7", "--dtypes", "bfloat16"]
     done = run(*case, "--target", "sm_80", "gfx942", "--jobs", "1", "--json", str(table))
     assert done.returncode == 0, done.stdout + done.stderr
     records = [Record(**one) for one in json.loads(table.read_text())["kernels"]]
@@ -33,9 +33,10 @@ def test_small_kernels_compile_for_both_vendors(tmp_path):
     for record in records:
         assert 5 <= record.registers <= 255
         assert record.spill_bytes == 0 and record.error == ""
-        assert 0 < record.shared_bytes < 4096
+        assert 0 <= record.shared_bytes < 4096
         assert 0 < record.active_warps <= record.warp_slots == TARGETS[record.target].slots
         assert record.limited_by in ("threads", "registers", "shared memory")
+    assert {record.kernel for record in records} == {"step_kernel", "short_conv_kernel"}
     assert "step_kernel" in done.stdout and "gfx942" in done.stdout
 
 
