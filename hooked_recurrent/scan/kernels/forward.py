@@ -41,58 +41,104 @@ from hooked_recurrent.scan.kernels.tiles import (
 def carry_kernel(
     whole, solved_prober, solved_given, carrier, injector, value, initial,
     chunks, first_chunk, y, states, final,
-    heads, d_k, d_v,
+    heads, d_k: tl.constexpr, d_v: tl.constexpr,
     PER_CHANNEL: tl.constexpr, TERMS: tl.constexpr, REVERSE: tl.constexpr,
-    C: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
+    C: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of a state's columns through the chunks of one sequence and head, from the last to the first with REVERSE."""
+    """Some columns of a state through the chunks of one sequence and head, from the last to the first with REVERSE.
+
+    The state is a tuple of BLOCKS tiles of BK key channels, so that no product needs all of it at once.
+    """
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    places, channels = tl.arange(0, C), tl.arange(0, DK)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    state = tl.zeros([DK, BV], tl.float32)
-    if initial is not None:
-        state = load_tile(first_row(initial, sequence, sequence * 0, head), initial[2], channels, d_k, columns, d_v)
+    state = ()
+    for block in tl.static_range(BLOCKS):
+        tile = tl.zeros([BK, BV], tl.float32)
+        if initial is not None:
+            channels = block * BK + tl.arange(0, BK)
+            tile = load_tile(first_row(initial, sequence, sequence * 0, head), initial[2], channels, d_k, columns, d_v)
+        state = state + (tile,)
     begin, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
     for step in range(begin, end):
         if REVERSE:
             chunk = begin + end - 1 - step
         else:
             chunk = step
-        store_tile(states + scratch_block(0, chunk, head, heads, d_k * d_v), d_v, channels, d_k, columns, d_v, state)
-        if PER_CHANNEL:
-            decay = tl.load(whole + scratch_block(0, chunk, head, heads, d_k) + channels, channels < d_k, 0.0)[:, None]
-        else:
-            decay = tl.load(whole + scratch_block(0, chunk, head, heads, 1))
-        after = decay * state
+        store_state(scratch_block(states, chunk, head, heads, d_k * d_v), state, columns, d_k, d_v, BK)
+        found = tl.zeros([C, BV], tl.float32)
         if solved_prober is not None:
-            rows, columns_of = (
-                scratch_block(0, chunk, head, heads, C * d_k),
-                scratch_block(0, chunk, head, heads, C * d_v),
-            )
-            found = load_tile(solved_given + columns_of, d_v, places, C, columns, d_v)
-            rows_tile = load_tile(solved_prober + rows, d_k, places, C, channels, d_k)
-            found = tl.dot(rows_tile, state, found, input_precision=FAST)
-            store_tile(y + columns_of, d_v, places, C, columns, d_v, found)
-            rows_tile = load_tile(carrier + rows, d_k, places, C, channels, d_k)
-            after = tl.dot(tl.trans(rows_tile), found, after, input_precision=FAST)
-        if injector is not None:
-            row, start, count = chunk_place(chunks, chunk)
-            for term in range(TERMS):
-                here = scratch_block(injector, chunk, head, heads, TERMS * C * d_k) + term * C * d_k
-                rows_tile = load_tile(here, d_k, places, C, channels, d_k)
-                here = first_row(value, row, start, head) + term * value[4]
-                values = load_tile(here, value[2], places, count, columns, d_v)
-                after = tl.dot(tl.trans(rows_tile), values, after, input_precision=FAST)
+            found = ask(solved_prober, solved_given, y, state, chunk, head, heads, columns, d_k, d_v, C, BK, FAST)
+        after = ()
+        for block in tl.static_range(BLOCKS):
+            channels = block * BK + tl.arange(0, BK)
+            if PER_CHANNEL:
+                decay = scratch_block(whole, chunk, head, heads, d_k) + channels
+                tile = tl.load(decay, mask=channels < d_k, other=0.0)[:, None] * state[block]
+            else:
+                tile = tl.load(scratch_block(whole, chunk, head, heads, 1)) * state[block]
+            if carrier is not None:
+                here = scratch_block(carrier, chunk, head, heads, C * d_k)
+                rows = load_tile(here, d_k, tl.arange(0, C), C, channels, d_k)
+                tile = tl.dot(tl.trans(rows), found, tile, input_precision=FAST)
+            if injector is not None:
+                tile = injected(
+                    tile, injector, value, chunks, chunk, head, heads, channels, columns, d_k, d_v, TERMS, C, FAST
+                )
+            after = after + (tile,)
         state = after
     if final is not None:
-        here = final + scratch_block(0, sequence, head, heads, d_k * d_v)
-        store_tile(here, d_v, channels, d_k, columns, d_v, state)
+        store_state(scratch_block(final, sequence, head, heads, d_k * d_v), state, columns, d_k, d_v, BK)
+
+
+@triton.jit
+@no_type_check
+def store_state(first, state, columns, d_k: tl.constexpr, d_v: tl.constexpr, BK: tl.constexpr):
+    """Write the tiles of a state."""
+    for block in tl.static_range(len(state)):
+        store_tile(first, d_v, block * BK + tl.arange(0, BK), d_k, columns, d_v, state[block])
+
+
+@triton.jit
+@no_type_check
+def ask(
+    solved_prober, solved_given, y, state, chunk, head, heads, columns,
+    d_k: tl.constexpr, d_v: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """y = solved_given + solved_prober S, kept and returned."""
+    places = tl.arange(0, C)
+    rows = scratch_block(0, chunk, head, heads, C * d_v)
+    found = load_tile(solved_given + rows, d_v, places, C, columns, d_v)
+    asks = scratch_block(solved_prober, chunk, head, heads, C * d_k)
+    for block in tl.static_range(len(state)):
+        tile = load_tile(asks, d_k, places, C, block * BK + tl.arange(0, BK), d_k)
+        found = tl.dot(tile, state[block], found, input_precision=FAST)
+    store_tile(y + rows, d_v, places, C, columns, d_v, found)
+    return found
+
+
+@triton.jit
+@no_type_check
+def injected(
+    tile, injector, value, chunks, chunk, head, heads, channels, columns,
+    d_k: tl.constexpr, d_v: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the state with the writes of a chunk added: + sum_m injector_m^T F_m."""
+    row, start, count = chunk_place(chunks, chunk)
+    places = tl.arange(0, C)
+    for term in range(TERMS):
+        here = scratch_block(injector, chunk, head, heads, TERMS * C * d_k) + term * C * d_k
+        rows = load_tile(here, d_k, places, C, channels, d_k)
+        here = first_row(value, row, start, head) + term * value[4]
+        values = load_tile(here, value[2], places, count, columns, d_v)
+        tile = tl.dot(tl.trans(rows), values, tile, input_precision=FAST)
+    return tile
 
 
 @triton.jit
 @no_type_check
 def read_kernel(
-    reader, states, asked, y, queried, write_value, chunks, read, heads, d_k, d_v,
+    reader, states, asked, y, queried, write_value, chunks, read,
+    heads, d_k: tl.constexpr, d_v: tl.constexpr,
     TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What the queries of a chunk read of the incoming state, of y and of the chunk's own writes."""
@@ -146,7 +192,7 @@ def carry(
     y = None if solved_given is None else scratch(*solved_given.shape, like=value)
     states = scratch(chunks, heads, d_k, d_v, like=value)
     final = scratch(sequences.count, heads, d_k, d_v, like=value) if want_final else None
-    block = block_of(d_v, 32)
+    block = block_of(d_v, 32 if d_k <= 64 else 16)  # what leaves a wide state room in registers
     arguments = {
         "whole": whole,
         "solved_prober": solved_prober,
@@ -167,7 +213,8 @@ def carry(
         "TERMS": 1 if injector is None else injector.shape[2],
         "REVERSE": reverse,
         "C": sequences.size,
-        "DK": block_of(d_k),
+        "BLOCKS": triton.cdiv(d_k, block_of(d_k, 64)),
+        "BK": block_of(d_k, 64),
         "BV": block,
         "FAST": precision.fast,
     }
