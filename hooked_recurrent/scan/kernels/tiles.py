@@ -39,7 +39,7 @@ def scratch_block(pointer, chunk, head, heads, size):
 
 @triton.jit
 @no_type_check
-def load_tile(first, stride, places, count, columns, width: tl.constexpr):
+def load_tile(first, stride, places, count, columns, width):
     """Rows from `first` on; zero outside of the places 0 .. count - 1 and of the width."""
     inside = (places >= 0) & (places < count)
     mask = inside[:, None] & (columns < width)[None, :]
@@ -48,7 +48,7 @@ def load_tile(first, stride, places, count, columns, width: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def store_tile(first, stride, places, count, columns, width: tl.constexpr, tile):
+def store_tile(first, stride, places, count, columns, width, tile):
     """Store the places 0 .. count - 1 of a tile, as wide as `width`."""
     mask = (places < count)[:, None] & (columns < width)[None, :]
     tl.store(first + places[:, None] * stride + columns[None, :], tile, mask=mask)
@@ -72,7 +72,7 @@ def store_square(first, matrix, C: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def since_start(first, stride, places, count, columns, width: tl.constexpr, exclusive: tl.constexpr):
+def since_start(first, stride, places, count, columns, width, exclusive: tl.constexpr):
     """The decay from the chunk's start to t; to t - 1 with `exclusive`."""
     shift: tl.constexpr = 1 if exclusive else 0
     return tl.exp(tl.cumsum(load_tile(first, stride, places - shift, count, columns, width), axis=0))
@@ -80,7 +80,7 @@ def since_start(first, stride, places, count, columns, width: tl.constexpr, excl
 
 @triton.jit
 @no_type_check
-def until_end(first, stride, places, count, columns, width: tl.constexpr):
+def until_end(first, stride, places, count, columns, width):
     """The decay from t to the chunk's end (or to any count of positions, for t before it)."""
     later = load_tile(first, stride, places + 1, count, columns, width)
     return tl.exp(tl.cumsum(later, axis=0, reverse=True))
@@ -88,7 +88,7 @@ def until_end(first, stride, places, count, columns, width: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def over_chunk(first, stride, places, count, columns, width: tl.constexpr):
+def over_chunk(first, stride, places, count, columns, width):
     """The decay over the first `count` positions, per column."""
     return tl.exp(tl.sum(load_tile(first, stride, places, count, columns, width), axis=0))
 
@@ -125,7 +125,7 @@ def gram(
 @no_type_check
 def grams_per_channel(
     left, left_stride, asks, asks_stride, right, right_stride, decay, decay_stride, count,
-    d_k: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    d_k, C: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Vector decay: left_t . exp(c_{t-1} - c_j) right_j where j < t, and asks_t . exp(c_t - c_j) right_j where j <= t.
 
