@@ -3,6 +3,7 @@
 #   make test                the test suite;  make test-all  also its slow tests
 #   make lint                ruff and mypy
 #   make benchmarks          timings, with an allocator setting that keeps page faults out of them
+#   make kernels             compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory
 PYTHON ?= python3
 # Named first and exactly: a bare range may pull a CUDA build of several GB even where a CPU wheel is at hand.
 TORCH ?= torch==2.13.0
@@ -14,7 +15,10 @@ WORKERS ?= 2
 # glibc returns every large temporary to the kernel by default, and timing would then measure page faults.
 ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test test-all lint benchmarks clean
+# The scripts that time something on a CPU; the others of benchmarks/ compile, compute, or need a GPU.
+TIMED := sae_step interventions
+
+.PHONY: demo test test-all lint benchmarks kernels clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,7 +40,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 benchmarks: $(INSTALLED)
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done
+	set -e; for name in $(TIMED); do echo "== $$name"; $(ALLOCATOR) $(BIN)/python benchmarks/$$name.py; done
+
+kernels: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out
