@@ -7,8 +7,10 @@
 y and every chunk's incoming S are kept. In the tied form u stands for y, and there are no sums over m.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -20,20 +22,25 @@ from hooked_recurrent.scan.kernels.layout import (
     Precision,
     Sequences,
     block_of,
+    chunk_size,
+    recorded,
     rows_of,
     scratch,
     states_of,
     terms_of,
 )
-from hooked_recurrent.scan.kernels.prepare import Prepared
+from hooked_recurrent.scan.kernels.prepare import Prepared, prepare, terms_in
 from hooked_recurrent.scan.kernels.tiles import (
     chunk_place,
     first_row,
     load_square,
     load_tile,
+    over_chunk,
     scratch_block,
     store_tile,
+    until_end,
 )
+from hooked_recurrent.scan.kernels.variants import Case, Variant, register, variants_of
 
 
 @triton.jit
@@ -169,6 +176,76 @@ def read_kernel(
     store_tile(first_row(read, row, start, head), read[2], places, count, columns, d_v, out)
 
 
+@triton.jit
+@no_type_check
+def snapshot_kernel(
+    positions, log_decay, write_key, write_value, erase, chunks, first_chunk, y, states, out,
+    heads, d_k: tl.constexpr, d_v: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the state after some count of positions: what its chunk met and added, as if the chunk ended there."""
+    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    position = tl.load(positions + tl.program_id(1))
+    across: tl.constexpr = (d_v + BV - 1) // BV
+    channels = tl.program_id(2) // across * BK + tl.arange(0, BK)
+    columns = tl.program_id(2) % across * BV + tl.arange(0, BV)
+    begin, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
+    chunk = tl.minimum(begin + position // C, end - 1)
+    row, start, _ = chunk_place(chunks, chunk)
+    places, count = tl.arange(0, C), position - (chunk - begin) * C
+    decay = first_row(log_decay, row, start, head)
+    tile = load_tile(scratch_block(states, chunk, head, heads, d_k * d_v), d_v, channels, d_k, columns, d_v)
+    if PER_CHANNEL:
+        tile *= over_chunk(decay, log_decay[2], places, count, channels, d_k)[:, None]
+        onward = until_end(decay, log_decay[2], places, count, channels, d_k)
+    else:
+        tile *= over_chunk(decay, log_decay[2], places, count, tl.arange(0, 1), 1)[:, None]
+        onward = until_end(decay, log_decay[2], places, count, tl.arange(0, 1), 1)
+    if y is not None:
+        erased = erase if erase is not None else write_key
+        rows = onward * load_tile(first_row(erased, row, start, head), erased[2], places, count, channels, d_k)
+        found = load_tile(scratch_block(y, chunk, head, heads, C * d_v), d_v, places, count, columns, d_v)
+        tile = tl.dot(tl.trans(rows), found, tile, input_precision=FAST)
+    if y is None or erase is not None:
+        for term in range(TERMS):
+            here = first_row(write_key, row, start, head) + term * write_key[4]
+            rows = onward * load_tile(here, write_key[2], places, count, channels, d_k)
+            here = first_row(write_value, row, start, head) + term * write_value[4]
+            values = load_tile(here, write_value[2], places, count, columns, d_v)
+            tile = tl.dot(tl.trans(rows), values, tile, input_precision=FAST)
+    sequences = tl.num_programs(0) // heads
+    here = scratch_block(out, tl.program_id(1) * sequences + sequence, head, heads, d_k * d_v)
+    store_tile(here, d_v, channels, d_k, columns, d_v, tile)
+
+
+def scan_chunks(
+    factors: Factors,
+    sequences: Sequences,
+    initial_state: Float[Tensor, "sequences_or_1 head d_k d_v"] | None = None,
+    *,
+    snapshots: Sequence[int] = (),
+    want_state: bool = True,
+) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "sequences head d_k d_v"] | None, list[Tensor]]:
+    """The whole forward scan: what is read, the final state, the states after some counts of positions."""
+    prepared = prepare(factors, sequences)
+    y, states, final = carry(
+        sequences,
+        whole=prepared.whole,
+        solved_prober=prepared.solved_prober,
+        solved_given=prepared.solved_given,
+        carrier=prepared.carrier,
+        injector=prepared.injector,
+        value=factors.write_value,
+        initial_state=initial_state,
+        d_k=factors.d_k,
+        precision=Precision.of(factors.query.dtype),
+        want_final=want_state,
+    )
+    kept = snapshots_at(snapshots, y, states, factors, sequences) if snapshots else []
+    return read(prepared, y, states, factors, sequences), final, kept
+
+
 def carry(
     sequences: Sequences,
     *,
@@ -254,3 +331,53 @@ def read(
     grid = (len(sequences.chunks), heads, triton.cdiv(factors.d_v, block))
     Launch(read_kernel, grid, arguments).run()
     return out
+
+
+def snapshots_at(
+    positions: Sequence[int],
+    y: Float[Tensor, "chunk head place d_v"] | None,
+    states: Float[Tensor, "chunk head d_k d_v"],
+    factors: Factors,
+    sequences: Sequences,
+) -> list[Float[Tensor, "sequences head d_k d_v"]]:
+    """The states after some counts of positions of every sequence, all of which are that long."""
+    heads, d_k, d_v = factors.query.shape[2], factors.d_k, factors.d_v
+    out = scratch(len(positions), sequences.count, heads, d_k, d_v, like=states)
+    key_block, value_block = block_of(d_k, 32), block_of(d_v, 32)
+    arguments = {
+        "positions": torch.tensor(positions, dtype=torch.int32, device=out.device),
+        "log_decay": rows_of(factors.log_decay),
+        "write_key": terms_of(factors.write_key),
+        "write_value": terms_of(factors.write_value),
+        "erase": rows_of(factors.erase),
+        "chunks": sequences.chunks,
+        "first_chunk": sequences.first_chunk,
+        "y": y,
+        "states": states,
+        "out": out,
+        "heads": heads,
+        "d_k": d_k,
+        "d_v": d_v,
+        "PER_CHANNEL": factors.vector_decay,
+        "TERMS": terms_in(factors),
+        "C": sequences.size,
+        "BK": key_block,
+        "BV": value_block,
+        "FAST": Precision.of(factors.query.dtype).fast,
+    }
+    blocks = triton.cdiv(d_k, key_block) * triton.cdiv(d_v, value_block)
+    Launch(snapshot_kernel, (sequences.count * heads, len(positions), blocks), arguments).run()
+    return list(out.unbind())
+
+
+@register
+def variants(case: Case) -> Iterator[Variant]:
+    """All kernels of a forward scan with an initial state and snapshots."""
+    factors = case.factors()
+    initial_state = factors.zero_state()
+    with recorded(case.backend) as launches:
+        sequences = Sequences.of_batch(len(initial_state), factors.length, chunk_size(factors), factors.query.device)
+        scan_chunks(factors, sequences, initial_state, snapshots=(1,))
+    for launch in launches:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        yield from variants_of("forward scan", launch.kernel, launch.arguments, case, **options)

@@ -7,9 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent.factors import Factors, Read
-from hooked_recurrent.scan.kernels.forward import carry, read
-from hooked_recurrent.scan.kernels.layout import Precision, Sequences
-from hooked_recurrent.scan.kernels.prepare import prepare
+from hooked_recurrent.scan.kernels.forward import scan_chunks
+from hooked_recurrent.scan.kernels.layout import Sequences, chunk_size
 
 
 class ScanResult(NamedTuple):
@@ -41,29 +40,14 @@ def triton_scan(
         snapshots: after how many positions states are wanted too; not with cu_lengths.
         want_state: whether the final state is needed.
     """
+    if cu_lengths is not None and (snapshots or len(factors.query) != 1):
+        raise ValueError("packed sequences stand in one batch row, and no snapshots are taken of them")
+    if any(not 0 <= at <= factors.length for at in snapshots):
+        raise ValueError(f"snapshots count positions from 0 to {factors.length}, got {list(snapshots)}")
     batch, length = factors.query.shape[:2]
     device, size = factors.query.device, chunk_size(factors)
     if cu_lengths is None:
         sequences = Sequences.of_batch(batch, length, size, device)
     else:
         sequences = Sequences.packed(cu_lengths, size, device)
-    prepared = prepare(factors, sequences)
-    y, states, final = carry(
-        sequences,
-        whole=prepared.whole,
-        solved_prober=prepared.solved_prober,
-        solved_given=prepared.solved_given,
-        carrier=prepared.carrier,
-        injector=prepared.injector,
-        value=factors.write_value,
-        initial_state=initial_state,
-        d_k=factors.d_k,
-        precision=Precision.of(factors.query.dtype),
-        want_final=want_state,
-    )
-    return ScanResult(read(prepared, y, states, factors, sequences), final, [])
-
-
-def chunk_size(factors: Factors) -> int:
-    """Positions per chunk: 16 with a decay per channel, which makes Gram matrices column by column, else 64 or 32."""
-    return 16 if factors.vector_decay else (64 if factors.d_k <= 128 else 32)
+    return ScanResult(*scan_chunks(factors, sequences, initial_state, snapshots=snapshots, want_state=want_state))
