@@ -7,8 +7,10 @@
 y and every chunk's incoming S are kept. In the tied form u stands for y, and there are no sums over m.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -20,20 +22,25 @@ from hooked_recurrent.scan.kernels.layout import (
     Precision,
     Sequences,
     block_of,
+    chunk_size,
+    recorded,
     rows_of,
     scratch,
     states_of,
     terms_of,
 )
-from hooked_recurrent.scan.kernels.prepare import Prepared
+from hooked_recurrent.scan.kernels.prepare import Prepared, prepare, terms_in
 from hooked_recurrent.scan.kernels.tiles import (
     chunk_place,
     first_row,
     load_square,
     load_tile,
+    over_chunk,
     scratch_block,
     store_tile,
+    until_end,
 )
+from hooked_recurrent.scan.kernels.variants import Case, Variant, register, variants_of
 
 
 @triton.jit
@@ -41,58 +48,104 @@ from hooked_recurrent.scan.kernels.tiles import (
 def carry_kernel(
     whole, solved_prober, solved_given, carrier, injector, value, initial,
     chunks, first_chunk, y, states, final,
-    heads, d_k, d_v,
+    heads, d_k: tl.constexpr, d_v: tl.constexpr,
     PER_CHANNEL: tl.constexpr, TERMS: tl.constexpr, REVERSE: tl.constexpr,
-    C: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
+    C: tl.constexpr, BLOCKS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of a state's columns through the chunks of one sequence and head, from the last to the first with REVERSE."""
+    """Some columns of a state through the chunks of one sequence and head, from the last to the first with REVERSE.
+
+    The state is a tuple of BLOCKS tiles of BK key channels, so that no product needs all of it at once.
+    """
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    places, channels = tl.arange(0, C), tl.arange(0, DK)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    state = tl.zeros([DK, BV], tl.float32)
-    if initial is not None:
-        state = load_tile(first_row(initial, sequence, sequence * 0, head), initial[2], channels, d_k, columns, d_v)
+    state = ()
+    for block in tl.static_range(BLOCKS):
+        tile = tl.zeros([BK, BV], tl.float32)
+        if initial is not None:
+            channels = block * BK + tl.arange(0, BK)
+            tile = load_tile(first_row(initial, sequence, sequence * 0, head), initial[2], channels, d_k, columns, d_v)
+        state = state + (tile,)
     begin, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
     for step in range(begin, end):
         if REVERSE:
             chunk = begin + end - 1 - step
         else:
             chunk = step
-        store_tile(states + scratch_block(0, chunk, head, heads, d_k * d_v), d_v, channels, d_k, columns, d_v, state)
-        if PER_CHANNEL:
-            decay = tl.load(whole + scratch_block(0, chunk, head, heads, d_k) + channels, channels < d_k, 0.0)[:, None]
-        else:
-            decay = tl.load(whole + scratch_block(0, chunk, head, heads, 1))
-        after = decay * state
+        store_state(scratch_block(states, chunk, head, heads, d_k * d_v), state, columns, d_k, d_v, BK)
+        found = tl.zeros([C, BV], tl.float32)
         if solved_prober is not None:
-            rows, columns_of = (
-                scratch_block(0, chunk, head, heads, C * d_k),
-                scratch_block(0, chunk, head, heads, C * d_v),
-            )
-            found = load_tile(solved_given + columns_of, d_v, places, C, columns, d_v)
-            rows_tile = load_tile(solved_prober + rows, d_k, places, C, channels, d_k)
-            found = tl.dot(rows_tile, state, found, input_precision=FAST)
-            store_tile(y + columns_of, d_v, places, C, columns, d_v, found)
-            rows_tile = load_tile(carrier + rows, d_k, places, C, channels, d_k)
-            after = tl.dot(tl.trans(rows_tile), found, after, input_precision=FAST)
-        if injector is not None:
-            row, start, count = chunk_place(chunks, chunk)
-            for term in range(TERMS):
-                here = scratch_block(injector, chunk, head, heads, TERMS * C * d_k) + term * C * d_k
-                rows_tile = load_tile(here, d_k, places, C, channels, d_k)
-                here = first_row(value, row, start, head) + term * value[4]
-                values = load_tile(here, value[2], places, count, columns, d_v)
-                after = tl.dot(tl.trans(rows_tile), values, after, input_precision=FAST)
+            found = ask(solved_prober, solved_given, y, state, chunk, head, heads, columns, d_k, d_v, C, BK, FAST)
+        after = ()
+        for block in tl.static_range(BLOCKS):
+            channels = block * BK + tl.arange(0, BK)
+            if PER_CHANNEL:
+                decay = scratch_block(whole, chunk, head, heads, d_k) + channels
+                tile = tl.load(decay, mask=channels < d_k, other=0.0)[:, None] * state[block]
+            else:
+                tile = tl.load(scratch_block(whole, chunk, head, heads, 1)) * state[block]
+            if carrier is not None:
+                here = scratch_block(carrier, chunk, head, heads, C * d_k)
+                rows = load_tile(here, d_k, tl.arange(0, C), C, channels, d_k)
+                tile = tl.dot(tl.trans(rows), found, tile, input_precision=FAST)
+            if injector is not None:
+                tile = injected(
+                    tile, injector, value, chunks, chunk, head, heads, channels, columns, d_k, d_v, TERMS, C, FAST
+                )
+            after = after + (tile,)
         state = after
     if final is not None:
-        here = final + scratch_block(0, sequence, head, heads, d_k * d_v)
-        store_tile(here, d_v, channels, d_k, columns, d_v, state)
+        store_state(scratch_block(final, sequence, head, heads, d_k * d_v), state, columns, d_k, d_v, BK)
+
+
+@triton.jit
+@no_type_check
+def store_state(first, state, columns, d_k: tl.constexpr, d_v: tl.constexpr, BK: tl.constexpr):
+    """Write the tiles of a state."""
+    for block in tl.static_range(len(state)):
+        store_tile(first, d_v, block * BK + tl.arange(0, BK), d_k, columns, d_v, state[block])
+
+
+@triton.jit
+@no_type_check
+def ask(
+    solved_prober, solved_given, y, state, chunk, head, heads, columns,
+    d_k: tl.constexpr, d_v: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """y = solved_given + solved_prober S, kept and returned."""
+    places = tl.arange(0, C)
+    rows = scratch_block(0, chunk, head, heads, C * d_v)
+    found = load_tile(solved_given + rows, d_v, places, C, columns, d_v)
+    asks = scratch_block(solved_prober, chunk, head, heads, C * d_k)
+    for block in tl.static_range(len(state)):
+        tile = load_tile(asks, d_k, places, C, block * BK + tl.arange(0, BK), d_k)
+        found = tl.dot(tile, state[block], found, input_precision=FAST)
+    store_tile(y + rows, d_v, places, C, columns, d_v, found)
+    return found
+
+
+@triton.jit
+@no_type_check
+def injected(
+    tile, injector, value, chunks, chunk, head, heads, channels, columns,
+    d_k: tl.constexpr, d_v: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the state with the writes of a chunk added: + sum_m injector_m^T F_m."""
+    row, start, count = chunk_place(chunks, chunk)
+    places = tl.arange(0, C)
+    for term in range(TERMS):
+        here = scratch_block(injector, chunk, head, heads, TERMS * C * d_k) + term * C * d_k
+        rows = load_tile(here, d_k, places, C, channels, d_k)
+        here = first_row(value, row, start, head) + term * value[4]
+        values = load_tile(here, value[2], places, count, columns, d_v)
+        tile = tl.dot(tl.trans(rows), values, tile, input_precision=FAST)
+    return tile
 
 
 @triton.jit
 @no_type_check
 def read_kernel(
-    reader, states, asked, y, queried, write_value, chunks, read, heads, d_k, d_v,
+    reader, states, asked, y, queried, write_value, chunks, read,
+    heads, d_k: tl.constexpr, d_v: tl.constexpr,
     TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What the queries of a chunk read of the incoming state, of y and of the chunk's own writes."""
@@ -123,6 +176,80 @@ def read_kernel(
     store_tile(first_row(read, row, start, head), read[2], places, count, columns, d_v, out)
 
 
+@triton.jit
+@no_type_check
+def snapshot_kernel(
+    positions, log_decay, write_key, write_value, erase, chunks, first_chunk, y, states, out,
+    heads, d_k: tl.constexpr, d_v: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """A tile of the state after some count of positions: what its chunk met and added, as if the chunk ended there."""
+    sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    position = tl.load(positions + tl.program_id(1))
+    across: tl.constexpr = (d_v + BV - 1) // BV
+    channels = tl.program_id(2) // across * BK + tl.arange(0, BK)
+    columns = tl.program_id(2) % across * BV + tl.arange(0, BV)
+    begin, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
+    chunk = tl.minimum(begin + position // C, end - 1)
+    row, start, _ = chunk_place(chunks, chunk)
+    places, count = tl.arange(0, C), position - (chunk - begin) * C
+    decay = first_row(log_decay, row, start, head)
+    tile = load_tile(scratch_block(states, chunk, head, heads, d_k * d_v), d_v, channels, d_k, columns, d_v)
+    if PER_CHANNEL:
+        tile *= over_chunk(decay, log_decay[2], places, count, channels, d_k)[:, None]
+        onward = until_end(decay, log_decay[2], places, count, channels, d_k)
+    else:
+        tile *= over_chunk(decay, log_decay[2], places, count, tl.arange(0, 1), 1)[:, None]
+        onward = until_end(decay, log_decay[2], places, count, tl.arange(0, 1), 1)
+    if y is not None:
+        erased = erase if erase is not None else write_key
+        rows = onward * load_tile(first_row(erased, row, start, head), erased[2], places, count, channels, d_k)
+        found = load_tile(scratch_block(y, chunk, head, heads, C * d_v), d_v, places, count, columns, d_v)
+        tile = tl.dot(tl.trans(rows), found, tile, input_precision=FAST)
+    if y is None or erase is not None:
+        for term in range(TERMS):
+            here = first_row(write_key, row, start, head) + term * write_key[4]
+            rows = onward * load_tile(here, write_key[2], places, count, channels, d_k)
+            here = first_row(write_value, row, start, head) + term * write_value[4]
+            values = load_tile(here, write_value[2], places, count, columns, d_v)
+            tile = tl.dot(tl.trans(rows), values, tile, input_precision=FAST)
+    sequences = tl.num_programs(0) // heads
+    here = scratch_block(out, tl.program_id(1) * sequences + sequence, head, heads, d_k * d_v)
+    store_tile(here, d_v, channels, d_k, columns, d_v, tile)
+
+
+def scan_chunks(
+    factors: Factors,
+    sequences: Sequences,
+    initial_state: Float[Tensor, "sequences_or_1 head d_k d_v"] | None = None,
+    *,
+    snapshots: Sequence[int] = (),
+    want_state: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The whole forward scan.
+
+    Returns what is read [batch, pos, head, d_v], the final states [sequence, head, d_k, d_v] if wanted, and the snapshots
+    [snapshot, sequence, head, d_k, d_v] if there are any.
+    """
+    prepared = prepare(factors, sequences)
+    y, states, final = carry(
+        sequences,
+        whole=prepared.whole,
+        solved_prober=prepared.solved_prober,
+        solved_given=prepared.solved_given,
+        carrier=prepared.carrier,
+        injector=prepared.injector,
+        value=factors.write_value,
+        initial_state=initial_state,
+        d_k=factors.d_k,
+        precision=Precision.of(factors.query.dtype),
+        want_final=want_state,
+    )
+    kept = snapshots_at(snapshots, y, states, factors, sequences) if snapshots else None
+    return read(prepared, y, states, factors, sequences), final, kept
+
+
 def carry(
     sequences: Sequences,
     *,
@@ -146,7 +273,7 @@ def carry(
     y = None if solved_given is None else scratch(*solved_given.shape, like=value)
     states = scratch(chunks, heads, d_k, d_v, like=value)
     final = scratch(sequences.count, heads, d_k, d_v, like=value) if want_final else None
-    block = block_of(d_v, 32)
+    block = block_of(d_v, 32 if d_k <= 64 else 16)  # what leaves a wide state room in registers
     arguments = {
         "whole": whole,
         "solved_prober": solved_prober,
@@ -167,7 +294,8 @@ def carry(
         "TERMS": 1 if injector is None else injector.shape[2],
         "REVERSE": reverse,
         "C": sequences.size,
-        "DK": block_of(d_k),
+        "BLOCKS": triton.cdiv(d_k, block_of(d_k, 64)),
+        "BK": block_of(d_k, 64),
         "BV": block,
         "FAST": precision.fast,
     }
@@ -207,3 +335,53 @@ def read(
     grid = (len(sequences.chunks), heads, triton.cdiv(factors.d_v, block))
     Launch(read_kernel, grid, arguments).run()
     return out
+
+
+def snapshots_at(
+    positions: Sequence[int],
+    y: Float[Tensor, "chunk head place d_v"] | None,
+    states: Float[Tensor, "chunk head d_k d_v"],
+    factors: Factors,
+    sequences: Sequences,
+) -> Float[Tensor, "snapshot sequences head d_k d_v"]:
+    """The states after some counts of positions of every sequence, all of which are that long."""
+    heads, d_k, d_v = factors.query.shape[2], factors.d_k, factors.d_v
+    out = scratch(len(positions), sequences.count, heads, d_k, d_v, like=states)
+    key_block, value_block = block_of(d_k, 32), block_of(d_v, 32)
+    arguments = {
+        "positions": torch.tensor(positions, dtype=torch.int32, device=out.device),
+        "log_decay": rows_of(factors.log_decay),
+        "write_key": terms_of(factors.write_key),
+        "write_value": terms_of(factors.write_value),
+        "erase": rows_of(factors.erase),
+        "chunks": sequences.chunks,
+        "first_chunk": sequences.first_chunk,
+        "y": y,
+        "states": states,
+        "out": out,
+        "heads": heads,
+        "d_k": d_k,
+        "d_v": d_v,
+        "PER_CHANNEL": factors.vector_decay,
+        "TERMS": terms_in(factors),
+        "C": sequences.size,
+        "BK": key_block,
+        "BV": value_block,
+        "FAST": Precision.of(factors.query.dtype).fast,
+    }
+    blocks = triton.cdiv(d_k, key_block) * triton.cdiv(d_v, value_block)
+    Launch(snapshot_kernel, (sequences.count * heads, len(positions), blocks), arguments).run()
+    return out
+
+
+@register
+def variants(case: Case) -> Iterator[Variant]:
+    """All kernels of a forward scan with an initial state and snapshots."""
+    factors = case.factors()
+    initial_state = factors.zero_state()
+    with recorded(case.backend) as launches:
+        sequences = Sequences.of_batch(len(initial_state), factors.length, chunk_size(factors), factors.query.device)
+        scan_chunks(factors, sequences, initial_state, snapshots=(1,))
+    for launch in launches:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        yield from variants_of("forward scan", launch.kernel, launch.arguments, case, **options)

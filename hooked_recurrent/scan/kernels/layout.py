@@ -1,4 +1,4 @@
-"""What the launchers share, in plain torch: chunks of sequences, the tensors that kernels are given, and a launch as a value.
+"""What the launchers share: chunks of sequences, the tensors that kernels are given, and a launch as a value.
 
 Scratch has one block of rows per chunk and head. Chunks are numbered through all sequences, so that the chunks of packed
 sequences and those of a rectangular batch are the same to every kernel: a table says where each chunk's positions stand.
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from hooked_recurrent.factors import Factors
+from hooked_recurrent.scan.kernels.device import launching_on
 
 Rows = tuple[Tensor, int, int, int]
 """A tensor with the strides of its batch row, position and head: what kernels call `rows`. Its last axis is contiguous."""
@@ -132,7 +135,8 @@ class Launch:
             _recordings[-1].launches.append(self)
         elif all(self.grid):
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            self.kernel[self.grid](**self.arguments, **options)
+            with launching_on(next(value for value in self.arguments.values() if isinstance(value, Tensor))):
+                self.kernel[self.grid](**self.arguments, **options)
 
 
 @dataclass(frozen=True)
@@ -157,3 +161,8 @@ def recorded(backend: str) -> Iterator[list[Launch]]:
         yield _recordings[-1].launches
     finally:
         _recordings.pop()
+
+
+def chunk_size(factors: Factors) -> int:
+    """Positions per chunk: 16 with a decay per channel, which makes Gram matrices column by column, else 64 or 32."""
+    return 16 if factors.vector_decay else (64 if factors.d_k <= 128 else 32)

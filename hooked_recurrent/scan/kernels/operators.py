@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.scan.kernels.backward import backward_chunk_size, scan_backward
-from hooked_recurrent.scan.kernels.forward import carry, read
-from hooked_recurrent.scan.kernels.layout import Precision, Sequences
-from hooked_recurrent.scan.kernels.prepare import prepare
+from hooked_recurrent.scan.kernels.forward import scan_chunks
+from hooked_recurrent.scan.kernels.layout import Sequences, chunk_size
 
 
 @torch.library.custom_op("hooked_recurrent::scan", mutates_args=())
@@ -27,35 +26,29 @@ def scan(
     erase_strength: Tensor | None,
     initial_state: Tensor | None,
     cu_lengths: Tensor | None,
+    snapshots: list[int],
     want_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """The reads, and the final states (of no sequence where they are not wanted)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reads, the final states (of no sequence where they are not wanted), the snapshots; the last without a gradient."""
     factors = Factors(log_decay, write_key, write_value, query, erase, probe, erase_strength)
     sequences = sequences_of(factors, cu_lengths, chunk_size(factors))
-    prepared = prepare(factors, sequences)
-    y, states, final = carry(
-        sequences,
-        whole=prepared.whole,
-        solved_prober=prepared.solved_prober,
-        solved_given=prepared.solved_given,
-        carrier=prepared.carrier,
-        injector=prepared.injector,
-        value=factors.write_value,
-        initial_state=initial_state,
-        d_k=factors.d_k,
-        precision=Precision.of(factors.query.dtype),
-        want_final=want_state,
+    read, final, states = scan_chunks(
+        factors, sequences, initial_state, snapshots=snapshots, want_state=want_state
     )
-    return read(prepared, y, states, factors, sequences), states.new_empty(0, *states.shape[1:]) if final is None else final
+    state = (factors.query.shape[2], factors.d_k, factors.d_v)
+    final = read.new_empty(0, *state) if final is None else final
+    return read, final, read.new_empty(0, sequences.count, *state) if states is None else states
 
 
 @scan.register_fake
-def _(log_decay, write_key, write_value, query, erase, probe, erase_strength, initial_state, cu_lengths, want_state):
+def _(
+    log_decay, write_key, write_value, query, erase, probe, erase_strength, initial_state, cu_lengths, snapshots, want_state
+):  # fmt: skip
     batch, length, heads, d_k = query.shape
-    d_v = write_value.shape[-1]
-    sequences = (batch if cu_lengths is None else cu_lengths.shape[0] - 1) if want_state else 0
-    read = query.new_empty(batch, length, heads, d_v, dtype=torch.float32)
-    return read, query.new_empty(sequences, heads, d_k, d_v, dtype=torch.float32)
+    sequences = batch if cu_lengths is None else cu_lengths.shape[0] - 1
+    state, like = (heads, d_k, write_value.shape[-1]), query.new_empty(0, dtype=torch.float32)
+    read = like.new_empty(batch, length, heads, write_value.shape[-1])
+    return read, like.new_empty(sequences if want_state else 0, *state), like.new_empty(len(snapshots), sequences, *state)
 
 
 @torch.library.custom_op("hooked_recurrent::scan_gradient", mutates_args=())
@@ -91,13 +84,13 @@ def _(*inputs):
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:9])
-    ctx.want_state = inputs[9]
+    ctx.want_state = inputs[10]
 
 
-def _backward(ctx: Any, read_gradient: Tensor, final_gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, read_gradient: Tensor, final_gradient: Tensor, snapshot_gradient: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     gradients = iter(scan_gradient(*inputs, read_gradient, final_gradient if ctx.want_state else None))
-    return *(None if tensor is None else next(gradients) for tensor in inputs[:8]), None, None
+    return *(None if tensor is None else next(gradients) for tensor in inputs[:8]), None, None, None
 
 
 def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
@@ -108,11 +101,6 @@ def _no_second_derivative(ctx: Any, *gradients: Any) -> None:
 
 scan.register_autograd(_backward, setup_context=_keep_inputs)
 scan_gradient.register_autograd(_no_second_derivative)
-
-
-def chunk_size(factors: Factors) -> int:
-    """Positions per chunk: 16 with a decay per channel, which makes Gram matrices column by column, else 64 or 32."""
-    return 16 if factors.vector_decay else (64 if factors.d_k <= 128 else 32)
 
 
 def sequences_of(factors: Factors, cu_lengths: Tensor | None, size: int) -> Sequences:

@@ -80,7 +80,7 @@ class Prepared:
 def scalar_grams_kernel(
     log_decay, write_key, query, erase, probe, erase_strength,
     chunks, solver, asked, probed, queried,
-    heads, d_k,
+    heads, d_k: tl.constexpr,
     TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The [C, C] matrices of a chunk where a head decays as one: M (in solver), asked, per write term probed and queried."""
@@ -122,7 +122,7 @@ def scalar_grams_kernel(
 def channel_grams_kernel(
     log_decay, write_key, query, erase, probe, erase_strength,
     chunks, solver, asked, probed, queried,
-    heads, d_k,
+    heads, d_k: tl.constexpr,
     TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The same matrices where every key channel decays at its own rate."""
@@ -182,7 +182,7 @@ def solver_kernel(solver, heads, C: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl
 def key_rows_kernel(
     log_decay, write_key, query, erase, probe, erase_strength,
     chunks, solver, whole, reader, carrier, injector, prober, solved_prober,
-    heads, d_k,
+    heads, d_k: tl.constexpr,
     PER_CHANNEL: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """What meets the state on the key side, for a block of key channels. Rows of places without a position are zero."""
@@ -232,7 +232,7 @@ def key_rows_kernel(
 @triton.jit
 @no_type_check
 def value_rows_kernel(
-    write_value, chunks, solver, probed, solved_given, heads, d_v,
+    write_value, chunks, solver, probed, solved_given, heads, d_v: tl.constexpr,
     TERMS: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """solver @ given, for a block of value channels; given is F where the erase is tied, else sum_m N_m F_m."""

@@ -48,10 +48,11 @@ def triton_scan(
         want_state: whether the final state is needed.
     """
     check(factors, initial_state, cu_lengths, snapshots)
-    if snapshots:
+    tensors = (*vars(factors).values(), initial_state)
+    if snapshots and torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return _in_stretches(factors, initial_state, snapshots, want_state)
-    read, state = scan(*vars(factors).values(), initial_state, cu_lengths, want_state)
-    return ScanResult(read, state if want_state else None, [])
+    read, state, states = scan(*tensors, cu_lengths, list(snapshots), want_state)
+    return ScanResult(read, state if want_state else None, list(states.unbind()))
 
 
 def _in_stretches(
@@ -69,7 +70,7 @@ def _in_stretches(
     reads, edges = [], sorted({0, *snapshots, factors.length})
     for start, stop in zip(edges, edges[1:], strict=False):
         part, wanted = factors.at(slice(start, stop)), want_state or stop < edges[-1] or stop in snapshots
-        read, state = scan(*vars(part).values(), state, None, wanted)
+        read, state, _ = scan(*vars(part).values(), state, None, [], wanted)
         reads.append(read)
         states[stop] = state
     final = states[factors.length] if want_state else None

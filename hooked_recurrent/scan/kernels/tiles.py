@@ -107,7 +107,9 @@ def decays_between(first, stride, places, count):
 
 @triton.jit
 @no_type_check
-def gram(left, left_stride, right, right_stride, places, count, d_k, BK: tl.constexpr, PRECISION: tl.constexpr):
+def gram(
+    left, left_stride, right, right_stride, places, count, d_k: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
     """left_t . right_j of every two places of a chunk, without decay."""
     C: tl.constexpr = places.shape[0]
     product = tl.zeros([C, C], tl.float32)
@@ -122,8 +124,8 @@ def gram(left, left_stride, right, right_stride, places, count, d_k, BK: tl.cons
 @triton.jit
 @no_type_check
 def grams_per_channel(
-    left, left_stride, asks, asks_stride, right, right_stride, decay, decay_stride, count, d_k,
-    C: tl.constexpr, BK: tl.constexpr,
+    left, left_stride, asks, asks_stride, right, right_stride, decay, decay_stride, count,
+    d_k, C: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Vector decay: left_t . exp(c_{t-1} - c_j) right_j where j < t, and asks_t . exp(c_t - c_j) right_j where j <= t.
 
