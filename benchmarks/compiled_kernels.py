@@ -12,8 +12,9 @@ import os
 
 # Both are read as triton is imported. An interpreted kernel cannot be compiled; the other names today's default, which is to
 # change. (This file may not be called kernels.py: transformers would import it in the place of the package of that name.)
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import argparse
 import importlib

@@ -201,8 +201,8 @@ def test_the_stored_page_is_current():
 def test_bytes_are_near_those_of_what_launches_are_given(rule, number):
     """Launches also name tensors that they do not read, and one that is changed in place is named once, hence the margin."""
     launching = pytest.importorskip("hooked_recurrent.scan.kernels.backward")
+    from hooked_recurrent.scan.kernels.forward import scan_chunks
     from hooked_recurrent.scan.kernels.layout import Sequences, recorded
-    from hooked_recurrent.scan.kernels.scan import triton_scan
 
     layer = roofline.SHAPES[number]
     factors = Case(rule, layer.d_k, layer.d_v, "bfloat16", "cuda").factors(1024, batch=1, heads=2)
@@ -210,7 +210,7 @@ def test_bytes_are_near_those_of_what_launches_are_given(rule, number):
     for counted in (forward(layer), backward(layer)):
         with recorded("cuda") as launches:
             if counted == forward(layer):
-                triton_scan(factors)
+                scan_chunks(factors, sequences, None)
             else:
                 upstream = torch.empty(1, 1024, 2, layer.d_v, device="meta")
                 launching.scan_backward(factors, None, sequences, upstream, None)
