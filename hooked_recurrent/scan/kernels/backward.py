@@ -222,9 +222,7 @@ def start(kernel: Any, known: dict[str, Any], across: int = 1, **arguments: Any)
     """Run a kernel for every chunk and head, and `across` what else; it takes from `known` what `arguments` leave out."""
     known = {**known, **arguments}
     taken = {name: known[name] for name in inspect.signature(kernel.fn).parameters}
-    # The 16 positions of a chunk with vector decay give fewer warps enough to do.
-    warps = 2 if known["VECTOR"] else 4
-    Launch(kernel, (len(known["chunks"]), known["heads"], across), taken, num_warps=warps).run()
+    Launch(kernel, (len(known["chunks"]), known["heads"], across), taken).run()
 
 
 def transposed(factors: Factors, prepared: Prepared, known: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -245,7 +243,7 @@ class Gradients:
     decay: Float[Tensor, "part batch pos head *d_k"]
     decay_of: dict[str, Tensor]
     """The parts of `decay` that paths to each reader, or from each source to the state after, go to."""
-    strength: Float[Tensor, "part batch pos head"] | None
+    strength: Float[Tensor, "block batch pos head"] | None
 
     @classmethod
     def empty(cls, factors: Factors, known: dict[str, Any]) -> "Gradients":

@@ -108,4 +108,4 @@ def sequences_of(factors: Factors, cu_lengths: Tensor | None, size: int) -> Sequ
     batch, length = factors.query.shape[:2]
     if cu_lengths is None:
         return Sequences.of_batch(batch, length, size, factors.query.device)
-    return Sequences.packed(cu_lengths, size, factors.query.device)
+    return Sequences.packed(cu_lengths, length, size, factors.query.device)
