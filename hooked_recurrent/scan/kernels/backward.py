@@ -53,7 +53,7 @@ from hooked_recurrent.scan.kernels.variants import Case, Variant, register, vari
 @triton.jit
 @no_type_check
 def transpose_kernel(
-    chunks, solver, asked, carrier, upstream, solved_carrier, solved_given, heads, d_k: tl.constexpr, d_v: tl.constexpr,
+    chunks, solver, asked, carrier, upstream, solved_carrier, solved_given, heads, d_k, d_v,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """solver^T carrier and solver^T asked^T g. Grid: chunk, head."""
@@ -80,8 +80,8 @@ def transpose_kernel(
 @triton.jit
 @no_type_check
 def weigh_kernel(
-    chunks, log_decay, upstream, answer_gradient, values, read_weights, answer_weights, heads,
-    d_v: tl.constexpr, STACKED: tl.constexpr, VECTOR: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
+    chunks, log_decay, upstream, answer_gradient, values, read_weights, answer_weights, heads, d_v,
+    STACKED: tl.constexpr, VECTOR: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """g_t . value_j and x_t . value_j; with a scalar decay times the decay between the two. Grid: chunk, head, term."""
     chunk, head, term = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -111,7 +111,7 @@ def weigh_kernel(
 @triton.jit
 @no_type_check
 def value_gradient_kernel(
-    chunks, upstream, answer_gradient, adjoints, injector, queried, probed, gradient, heads, d_k: tl.constexpr, d_v: tl.constexpr,
+    chunks, upstream, answer_gradient, adjoints, injector, queried, probed, gradient, heads, d_k, d_v,
     TERMS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradient of write values: x itself in the tied form. Grid: chunk, head, term and block of value channels."""

@@ -129,7 +129,7 @@ def weighted_row(first, rows, weights, terms, index, places, columns, d_k):
 @no_type_check
 def reader_gradient_kernel(
     chunks, log_decay, readers, strength, upstream, states, adjoints, erase, erase_weights, keys, key_weights,
-    gradient, strength_parts, decay_parts, heads, d_k: tl.constexpr, d_v: tl.constexpr,
+    gradient, strength_parts, decay_parts, heads, d_k, d_v,
     STACKED: tl.constexpr, EXCLUSIVE: tl.constexpr, VECTOR: tl.constexpr, TERMS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +212,7 @@ def to_readers(
 @no_type_check
 def source_gradient_kernel(
     chunks, log_decay, sources, values, adjoints, query, read_weights, probe, strength, answer_weights,
-    gradient, decay_parts, heads, d_k: tl.constexpr, d_v: tl.constexpr,
+    gradient, decay_parts, heads, d_k, d_v,
     STACKED: tl.constexpr, VECTOR: tl.constexpr, TERMS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
