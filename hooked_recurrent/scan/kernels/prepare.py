@@ -254,7 +254,7 @@ def prepare(factors: Factors, sequences: Sequences, *, keep_prober: bool = False
     prepared = empty_prepared(factors, sequences, keep_prober=keep_prober)
     chunks, heads, d_k, d_v = len(sequences.chunks), factors.query.shape[2], factors.d_k, factors.d_v
     size, precision = sequences.size, Precision.of(factors.query.dtype)
-    key_block, value_block = block_of(d_k, 32), block_of(d_v, 32)
+    key_block, value_block = block_of(d_k, precision.block), block_of(d_v, precision.block)
     shared = {"chunks": sequences.chunks, "solver": prepared.solver, "heads": heads}
     shared |= {"TERMS": terms_in(factors), "C": size}
     roles = {"write_key": terms_of(factors.write_key)} | {
@@ -269,8 +269,7 @@ def prepare(factors: Factors, sequences: Sequences, *, keep_prober: bool = False
     if factors.vector_decay:
         Launch(channel_grams_kernel, (chunks, heads), {**grams, "BK": block_of(d_k, 64)}).run()
     else:
-        # Where a product is three in TF32, both halves of its operands are held at once.
-        grams |= {"BK": block_of(d_k, 16 if precision.fast == "tf32x3" else 32), "FAST": precision.fast}
+        grams |= {"BK": block_of(d_k, precision.block // 2), "FAST": precision.fast}
         Launch(scalar_grams_kernel, (chunks, heads), grams).run()
     if factors.erases:
         solver = {
