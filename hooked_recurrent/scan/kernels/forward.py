@@ -273,7 +273,9 @@ def carry(
     y = None if solved_given is None else scratch(*solved_given.shape, like=value)
     states = scratch(chunks, heads, d_k, d_v, like=value)
     final = scratch(sequences.count, heads, d_k, d_v, like=value) if want_final else None
-    block = block_of(d_v, 32 if d_k <= 64 else 16)  # what leaves a wide state room in registers
+    # More columns read the key side less often; how many there is room for depends on what else is in registers.
+    block = block_of(d_v, 32 if d_k <= 64 or (d_k <= 128 and precision.block == 64) else 16)
+    warps = 8 if d_k > 64 and block == 32 else 4
     arguments = {
         "whole": whole,
         "solved_prober": solved_prober,
@@ -299,7 +301,7 @@ def carry(
         "BV": block,
         "FAST": precision.fast,
     }
-    Launch(carry_kernel, (sequences.count * heads, triton.cdiv(d_v, block)), arguments).run()
+    Launch(carry_kernel, (sequences.count * heads, triton.cdiv(d_v, block)), arguments, warps).run()
     return y, states, final
 
 
@@ -313,7 +315,8 @@ def read(
     """What every query reads."""
     batch, length, heads = factors.query.shape[:3]
     out = scratch(batch, length, heads, factors.d_v, like=factors.query)
-    block = block_of(factors.d_v, 32)
+    precision = Precision.of(factors.query.dtype)
+    block = block_of(factors.d_v, precision.block)
     arguments = {
         "reader": prepared.reader,
         "states": states,
@@ -328,9 +331,9 @@ def read(
         "d_v": factors.d_v,
         "TERMS": 1 if prepared.queried is None else prepared.queried.shape[2],
         "C": sequences.size,
-        "BK": block_of(factors.d_k, 32),
+        "BK": block_of(factors.d_k, precision.block),
         "BV": block,
-        "FAST": Precision.of(factors.query.dtype).fast,
+        "FAST": precision.fast,
     }
     grid = (len(sequences.chunks), heads, triton.cdiv(factors.d_v, block))
     Launch(read_kernel, grid, arguments).run()

@@ -120,6 +120,11 @@ class Precision:
         exact = "tf32x3" if backend() == "cuda" else "ieee"
         return cls(exact, exact if dtype == torch.float32 else "tf32")
 
+    @property
+    def block(self) -> int:
+        """How many channels a tile may have: where a product is three in TF32, both halves of its operands take registers."""
+        return 32 if self.fast == "tf32x3" else 64
+
 
 @dataclass(frozen=True)
 class Launch:

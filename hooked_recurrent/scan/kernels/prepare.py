@@ -28,7 +28,6 @@ from hooked_recurrent.scan.kernels.layout import (
 )
 from hooked_recurrent.scan.kernels.tiles import (
     chunk_place,
-    decays_between,
     first_row,
     gram,
     grams_per_channel,
@@ -86,35 +85,30 @@ def scalar_grams_kernel(
     """The [C, C] matrices of a chunk where a head decays as one: M (in solver), asked, per write term probed and queried."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     row, start, count = chunk_place(chunks, chunk)
-    places = tl.arange(0, C)
-    decay = first_row(log_decay, row, start, head)
-    inclusive, exclusive = decays_between(decay, log_decay[2], places, count)
+    decay, step = first_row(log_decay, row, start, head), log_decay[2]
     asks = first_row(query, row, start, head)
-    if erase_strength is not None:  # the key is the probe too, and strength times it the erase
-        key = first_row(write_key, row, start, head)
-        strength = first_row(erase_strength, row, start, head) + places * erase_strength[2]
-        strength = tl.load(strength, mask=places < count, other=0.0).to(tl.float32)
-        product = gram(key, write_key[2], key, write_key[2], places, count, d_k, BK, FAST)
-        here = scratch_block(solver, chunk, head, heads, C * C)
-        store_square(here, strength[:, None] * exclusive * product, C)
-        product = gram(asks, query[2], key, write_key[2], places, count, d_k, BK, FAST)
-        store_square(scratch_block(asked, chunk, head, heads, C * C), inclusive * product, C)
-    else:
-        if erase is not None:
-            probes, erases = first_row(probe, row, start, head), first_row(erase, row, start, head)
-            product = gram(probes, probe[2], erases, erase[2], places, count, d_k, BK, FAST)
-            store_square(scratch_block(solver, chunk, head, heads, C * C), exclusive * product, C)
-            product = gram(asks, query[2], erases, erase[2], places, count, d_k, BK, FAST)
-            store_square(scratch_block(asked, chunk, head, heads, C * C), inclusive * product, C)
-        for term in range(TERMS):
-            key = first_row(write_key, row, start, head) + term * write_key[4]
-            square = term * C * C
+    square = scratch_block(0, chunk, head, heads, C * C)
+    squares = scratch_block(0, chunk, head, heads, TERMS * C * C)
+    if erase is not None:
+        probes, erases = first_row(probe, row, start, head), first_row(erase, row, start, head)
+        matrix = gram(probes, probe[2], erases, erase[2], decay, step, count, True, d_k, C, BK, FAST)
+        store_square(solver + square, matrix, C)
+        matrix = gram(asks, query[2], erases, erase[2], decay, step, count, False, d_k, C, BK, FAST)
+        store_square(asked + square, matrix, C)
+    for term in range(TERMS):
+        key = first_row(write_key, row, start, head) + term * write_key[4]
+        on_query = gram(asks, query[2], key, write_key[2], decay, step, count, False, d_k, C, BK, FAST)
+        if erase_strength is not None:  # the key is the probe too, and strength times it the erase
+            store_square(asked + square, on_query, C)
+            matrix = gram(key, write_key[2], key, write_key[2], decay, step, count, True, d_k, C, BK, FAST)
+            here = first_row(erase_strength, row, start, head)
+            strength = load_tile(here, erase_strength[2], tl.arange(0, C), count, tl.arange(0, 1), 1)
+            store_square(solver + square, strength * matrix, C)
+        else:
+            store_square(queried + squares + term * C * C, on_query, C)
             if erase is not None:
-                product = gram(probes, probe[2], key, write_key[2], places, count, d_k, BK, FAST)
-                here = scratch_block(probed, chunk, head, heads, TERMS * C * C)
-                store_square(here + square, exclusive * product, C)
-            product = gram(asks, query[2], key, write_key[2], places, count, d_k, BK, FAST)
-            store_square(scratch_block(queried, chunk, head, heads, TERMS * C * C) + square, inclusive * product, C)
+                matrix = gram(probes, probe[2], key, write_key[2], decay, step, count, True, d_k, C, BK, FAST)
+                store_square(probed + squares + term * C * C, matrix, C)
 
 
 @triton.jit
@@ -260,7 +254,7 @@ def prepare(factors: Factors, sequences: Sequences, *, keep_prober: bool = False
     prepared = empty_prepared(factors, sequences, keep_prober=keep_prober)
     chunks, heads, d_k, d_v = len(sequences.chunks), factors.query.shape[2], factors.d_k, factors.d_v
     size, precision = sequences.size, Precision.of(factors.query.dtype)
-    key_block, value_block = block_of(d_k, 32), block_of(d_v, 32)
+    key_block, value_block = block_of(d_k, precision.block), block_of(d_v, precision.block)
     shared = {"chunks": sequences.chunks, "solver": prepared.solver, "heads": heads}
     shared |= {"TERMS": terms_in(factors), "C": size}
     roles = {"write_key": terms_of(factors.write_key)} | {
@@ -270,10 +264,13 @@ def prepare(factors: Factors, sequences: Sequences, *, keep_prober: bool = False
     def outputs(*names: str) -> dict[str, Tensor | None]:
         return {name: getattr(prepared, name) for name in names}
 
-    kernel = channel_grams_kernel if factors.vector_decay else scalar_grams_kernel
     grams = {**shared, **roles, **outputs("asked", "probed", "queried")}
-    grams |= {"d_k": d_k, "BK": block_of(d_k, 32)} | ({} if factors.vector_decay else {"FAST": precision.fast})
-    Launch(kernel, (chunks, heads), grams).run()
+    grams |= {"d_k": d_k}
+    if factors.vector_decay:
+        Launch(channel_grams_kernel, (chunks, heads), {**grams, "BK": block_of(d_k, 64)}).run()
+    else:
+        grams |= {"BK": block_of(d_k, precision.block // 2), "FAST": precision.fast}
+        Launch(scalar_grams_kernel, (chunks, heads), grams).run()
     if factors.erases:
         solver = {
             "solver": prepared.solver,

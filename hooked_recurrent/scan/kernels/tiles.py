@@ -95,30 +95,30 @@ def over_chunk(first, stride, places, count, columns, width):
 
 @triton.jit
 @no_type_check
-def decays_between(first, stride, places, count):
-    """Scalar decay: exp(c_t - c_j) where j <= t, and exp(c_{t-1} - c_j) where j < t; zero elsewhere. [C, C] both."""
-    log_decay = tl.load(first + places * stride, mask=places < count, other=0.0).to(tl.float32)[:, None]
-    t, j = places[:, None], places[None, :]
+def decays_between(first, stride, places, count, exclusive: tl.constexpr):
+    """Scalar decay: exp(c_t - c_j) where j <= t; with `exclusive` exp(c_{t-1} - c_j) where j < t. Zero elsewhere."""
+    shift: tl.constexpr = 1 if exclusive else 0
+    log_decay = load_tile(first, stride, places - shift, count, tl.arange(0, 1), 1)
+    t, j = places[:, None], places[None, :] + shift
     covered = tl.cumsum(tl.where(t > j, log_decay, 0.0), axis=0)
-    inclusive = tl.where(t >= j, tl.exp(covered), 0.0)
-    exclusive = tl.where(t > j, tl.exp(tl.where(t > j, covered - log_decay, 0.0)), 0.0)
-    return inclusive, exclusive
+    return tl.where(t >= j, tl.exp(covered), 0.0)
 
 
 @triton.jit
 @no_type_check
 def gram(
-    left, left_stride, right, right_stride, places, count, d_k: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """left_t . right_j of every two places of a chunk, without decay."""
-    C: tl.constexpr = places.shape[0]
+    left, left_stride, right, right_stride, decay, decay_stride, count, exclusive: tl.constexpr,
+    d_k, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scalar decay: left_t . right_j of every two places of a chunk, times the decay between them."""
+    places = tl.arange(0, C)
     product = tl.zeros([C, C], tl.float32)
     for begin in range(0, d_k, BK):
         columns = begin + tl.arange(0, BK)
         left_tile = load_tile(left, left_stride, places, count, columns, d_k)
         right_tile = load_tile(right, right_stride, places, count, columns, d_k)
         product = tl.dot(left_tile, tl.trans(right_tile), product, input_precision=PRECISION)
-    return product
+    return product * decays_between(decay, decay_stride, places, count, exclusive)
 
 
 @triton.jit
