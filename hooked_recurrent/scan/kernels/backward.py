@@ -99,12 +99,13 @@ def weigh_kernel(
             rows = scratch_block(answer_gradient, chunk, head, heads, C * d_v)
             left = load_tile(rows, d_v, places, C, columns, d_v)
             answer = tl.dot(left, tile, answer, input_precision=FAST)
+    decay, square = first_row(log_decay, row, start, head), scratch_block(0, chunk, head, heads, TERMS * C * C) + term * C * C
     if not VECTOR:
-        inclusive, exclusive = decays_between(first_row(log_decay, row, start, head), log_decay[2], places, count)
-        read, answer = read * inclusive, answer * exclusive
-    square = scratch_block(0, chunk, head, heads, TERMS * C * C) + term * C * C
+        read *= decays_between(decay, log_decay[2], places, count, False)
     store_square(read_weights + square, read, C)
     if answer_gradient is not None:
+        if not VECTOR:
+            answer *= decays_between(decay, log_decay[2], places, count, True)
         store_square(answer_weights + square, answer, C)
 
 

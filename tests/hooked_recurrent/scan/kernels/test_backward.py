@@ -67,17 +67,21 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: fresh(*a, **k).fill_(float("nan")))
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("form", FORMS)
+# Interpreted kernels take seconds, those of vector decays most: every form with mixed decays, a few with each of the others.
+CASES = [(form, "mixed up to e^-20") for form in FORMS] + [("tied", "weak"), ("tied", "strong")]
+
+
+@pytest.mark.parametrize(("form", "decay"), CASES)
 @pytest.mark.parametrize("vector_decay", [False, True], ids=["scalar", "vector"])
 def test_gradients_equal_those_of_the_step_reference(vector_decay, form, decay, poisoned):
     # A whole chunk and a remainder; 16 and 32 are the sizes of chunks.
-    factors = small(21 if vector_decay else 45, vector_decay=vector_decay, level=DECAYS[decay], **FORMS[form])
+    factors = small(18 if vector_decay else 35, vector_decay=vector_decay, level=DECAYS[decay], **FORMS[form])
     assert_equal_gradients(factors, random_state(factors).float())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vector_decay", [False, True], ids=["scalar", "vector"])
+@pytest.mark.parametrize(
+    ("vector_decay", "dtype"), [(False, torch.bfloat16), (False, torch.float16), (True, torch.bfloat16)]
+)
 def test_gradients_of_half_precision(vector_decay, dtype, poisoned):
     factors = small(18 if vector_decay else 70, vector_decay=vector_decay, dtype=dtype, level=0.1, erase="tied")
     mixed = replace(factors, log_decay=factors.log_decay.float(), erase_strength=factors.erase_strength.float())
@@ -89,17 +93,17 @@ def test_gradients_of_half_precision(vector_decay, dtype, poisoned):
     [
         (48, 80, False, "decoupled, two writes"),
         (80, 48, False, "tied"),
-        (256, 20, False, "decoupled"),
-        (48, 80, True, "tied"),
-        (20, 256, True, "plain"),
+        (256, 20, False, "plain"),
+        (48, 24, True, "tied"),
+        (20, 80, True, "plain"),
     ],
 )
 def test_gradients_of_other_widths(d_k, d_v, vector_decay, form, poisoned):
-    factors = small(18, d_k=d_k, d_v=d_v, vector_decay=vector_decay, level=0.1, **FORMS[form])
+    factors = small(9, d_k=d_k, d_v=d_v, vector_decay=vector_decay, level=0.1, **FORMS[form])
     assert_equal_gradients(factors, random_state(factors).float())
 
 
-@pytest.mark.parametrize("form", ["plain, two writes", "tied", "decoupled"])
+@pytest.mark.parametrize("form", ["plain, two writes", "decoupled"])
 def test_any_strides_and_rows_and_heads(form, poisoned):
     """Views into wider tensors, tensors with heads outside of positions, and some whose last axis is not contiguous."""
     factors = small(6, batch=2, heads=2, level=0.1, **FORMS[form])
@@ -132,8 +136,7 @@ def test_only_one_of_the_results_is_used(used, poisoned):
         assert_equal_gradients(factors, None, lambda f, s: triton_scan(f, s, want_state=False)[:1], one[1])
 
 
-@pytest.mark.parametrize("vector_decay", [False, True], ids=["scalar", "vector"])
-@pytest.mark.parametrize("shared", [False, True], ids=["a state each", "one state"])
+@pytest.mark.parametrize(("vector_decay", "shared"), [(False, False), (False, True), (True, False)])
 def test_packed_sequences_are_sequences_of_their_own(vector_decay, shared, poisoned):
     stops = [0, 2, 2, 19]  # one of them empty
     factors = small(19, vector_decay=vector_decay, level=0.1, erase="tied")
@@ -154,7 +157,7 @@ def test_packed_sequences_are_sequences_of_their_own(vector_decay, shared, poiso
 
 
 def test_gradients_pass_through_snapshots(poisoned):
-    factors, counts = small(18, batch=2, level=0.1, erase="tied"), [7, 0, 18, 7]
+    factors, counts = small(9, batch=2, level=0.1, erase="tied"), [5, 0, 9, 5]
 
     def scan(factors, initial):
         result = triton_scan(factors, initial, snapshots=counts)
@@ -171,7 +174,7 @@ def test_gradients_pass_through_snapshots(poisoned):
         torch.testing.assert_close(kept, stretched.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["plain", "decoupled, two writes"])
 def test_operators_keep_the_rules_of_torch(form):
     """Schema, fake tensors and autograd of both operators, as torch's own checker sees them."""
     factors, initial, _ = leaves_of(small(5, **FORMS[form]), torch.randn(1, 1, 16, 16))
