@@ -350,7 +350,8 @@ def snapshots_at(
     """The states after some counts of positions of every sequence, all of which are that long."""
     heads, d_k, d_v = factors.query.shape[2], factors.d_k, factors.d_v
     out = scratch(len(positions), sequences.count, heads, d_k, d_v, like=states)
-    key_block, value_block = block_of(d_k, 32), block_of(d_v, 32)
+    precision = Precision.of(factors.query.dtype)
+    key_block, value_block = block_of(d_k, 32), block_of(d_v, precision.block // 2)
     arguments = {
         "positions": torch.tensor(positions, dtype=torch.int32, device=out.device),
         "log_decay": rows_of(factors.log_decay),
@@ -370,7 +371,7 @@ def snapshots_at(
         "C": sequences.size,
         "BK": key_block,
         "BV": value_block,
-        "FAST": Precision.of(factors.query.dtype).fast,
+        "FAST": precision.fast,
     }
     blocks = triton.cdiv(d_k, key_block) * triton.cdiv(d_v, value_block)
     Launch(snapshot_kernel, (sequences.count * heads, len(positions), blocks), arguments).run()

@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hooked_recurrent.scan.kernels.forward import carry
+from hooked_recurrent.scan.kernels.layout import Precision, Sequences
+from hooked_recurrent.scan.kernels.prepare import prepare
 from hooked_recurrent.scan.kernels.scan import triton_scan
 from hooked_recurrent.scan.step import step_scan
 from tests.hooked_recurrent.models import random_factors, random_state
@@ -173,3 +176,57 @@ def test_what_cannot_be_asked_for():
         triton_scan(factors, cu_lengths=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match="from 0 to 4, got \\[5\\]"):
         triton_scan(factors, snapshots=[5])
+
+
+@pytest.mark.parametrize("vector_decay", [False, True])
+@pytest.mark.parametrize(("erase", "terms"), [("none", None), ("tied", None), ("decoupled", 2)])
+def test_prepared_rows_without_a_position_are_zero(erase, terms, vector_decay):
+    """The adjoint multiplies whole blocks, so nothing may be left as it was."""
+    sizes = {"d_k": 16, "d_v": 16, "erase": erase, "terms": terms, "vector_decay": vector_decay}
+    factors = random_factors(5, batch=1, heads=1, **sizes, dtype=torch.float32)
+    prepared = prepare(factors, Sequences.of_batch(1, 5, 16, torch.device("cpu")), keep_prober=True)
+    kept = {name: value for name, value in vars(prepared).items() if value is not None}
+    assert ("prober" in kept) == (erase != "none")
+    for name, value in kept.items():
+        assert torch.isfinite(value).all(), name
+        if name == "solver":  # the inverse of I
+            assert torch.equal(value[..., 5:, :], torch.eye(16)[5:].expand_as(value[..., 5:, :]))
+        elif name != "whole":
+            assert (value[..., 5:, :] == 0).all(), name
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_carry_in_either_direction(per_channel, reverse):
+    """The map of every chunk, y = given + asks S and S' = whole S + carrier^T y + injector^T values, written out in torch."""
+    bounds, size, heads, d_k, d_v = [0, 35, 41], 16, 2, 24, 40
+    sequences = Sequences.packed(torch.tensor(bounds), size, torch.device("cpu"))
+    whole = torch.rand(4, heads, d_k if per_channel else 1)
+    asks, carrier, injector = 0.2 * torch.randn(3, 4, heads, size, d_k)
+    given, value = torch.randn(4, heads, size, d_v), torch.randn(1, 41, heads, d_v)
+    initial = torch.randn(2, heads, d_k, d_v)
+    y, states, final = carry(
+        sequences,
+        whole=whole,
+        solved_prober=asks,
+        solved_given=given,
+        carrier=carrier,
+        injector=injector[:, :, None],
+        value=value,
+        initial_state=initial,
+        d_k=d_k,
+        precision=Precision.of(torch.float32),
+        reverse=reverse,
+    )
+    for sequence, chunks in enumerate([[0, 1, 2], [3]]):
+        state = initial[sequence].double()
+        for chunk in reversed(chunks) if reverse else chunks:
+            assert error(states[chunk], state) < 1e-6
+            found = given[chunk] + asks[chunk].double() @ state
+            assert error(y[chunk], found) < 1e-6
+            _, start, count = sequences.chunks[chunk].tolist()
+            values = torch.zeros(heads, size, d_v, dtype=torch.float64)
+            values[:, :count] = value[0, start : start + count].transpose(0, 1)
+            state = whole[chunk][..., None] * state + carrier[chunk].double().mT @ found
+            state = state + injector[chunk].double().mT @ values
+        assert error(final[sequence], state) < 1e-6
