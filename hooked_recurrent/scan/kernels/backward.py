@@ -4,8 +4,8 @@ With g the gradient of the reads and P that of the state after a chunk, a chunk'
 
     x = solver^T (carrier P + asked^T g)        P before = whole P + reader^T g + prober^T x
 
-x is the gradient of y (of u = strength * y + value in the tied form, and thereby of the write value). `transpose` prepares it, and the
-kernel that carries the state carries P. Write values then have the gradient
+x is the gradient of y (of u = strength * y + value in the tied form, and thereby of the write value). `transpose` prepares
+it, and the kernel that carries the state carries P. Write values then have the gradient
 
     injector_m P  +  queried_m^T g  +  probed_m^T x
 
@@ -99,7 +99,10 @@ def weigh_kernel(
             rows = scratch_block(answer_gradient, chunk, head, heads, C * d_v)
             left = load_tile(rows, d_v, places, C, columns, d_v)
             answer = tl.dot(left, tile, answer, input_precision=FAST)
-    decay, square = first_row(log_decay, row, start, head), scratch_block(0, chunk, head, heads, TERMS * C * C) + term * C * C
+    decay, square = (
+        first_row(log_decay, row, start, head),
+        scratch_block(0, chunk, head, heads, TERMS * C * C) + term * C * C,
+    )
     if not VECTOR:
         read *= decays_between(decay, log_decay[2], places, count, False)
     store_square(read_weights + square, read, C)
@@ -150,7 +153,7 @@ def scan_backward(
 
     Returns the gradient of every role, as Factors in the dtypes of the roles, and that of every sequence's initial state.
     """
-    shared = {"d_k": factors.d_k, "precision": Precision.of(factors.query.dtype)}
+    d_k, precision = factors.d_k, Precision.of(factors.query.dtype)
     prepared = prepare(factors, sequences, keep_prober=True)
     y, states, _ = carry(
         sequences,
@@ -161,8 +164,9 @@ def scan_backward(
         injector=prepared.injector,
         value=factors.write_value,
         initial_state=initial_state,
+        d_k=d_k,
+        precision=precision,
         want_final=False,
-        **shared,
     )
     known = common_arguments(factors, sequences, prepared, upstream)
     solved_carrier, solved_given = transposed(factors, prepared, known)
@@ -175,8 +179,9 @@ def scan_backward(
         injector=prepared.reader[:, :, None],
         value=upstream,
         initial_state=final_gradient,
+        d_k=d_k,
+        precision=precision,
         reverse=True,
-        **shared,
     )
     assert initial_gradient is not None
     known |= {"states": states, "adjoints": adjoints, "answers": y, "answer_gradient": x}
@@ -189,7 +194,7 @@ def scan_backward(
 
 
 def backward_chunk_size(factors: Factors) -> int:
-    """Positions per chunk: float32 needs three products for one, and registers for more than 32 positions of them are not there."""
+    """Positions per chunk: float32 takes three products for one, and has no registers for those of more than 32 positions."""
     if factors.vector_decay:
         return 16
     return 32 if factors.query.dtype == torch.float32 or factors.d_k > 128 else 64
@@ -297,12 +302,14 @@ def source_gradients(factors: Factors, known: dict[str, Any], into: Gradients) -
         shared = {"values": values, "STACKED": in_scratch, "TERMS": terms, **found[name]}
         start(weigh_kernel, known, terms, **shared)
         shared |= {"sources": terms_of(source), "gradient": terms_of(into.roles[name])}
-        start(source_gradient_kernel, known, known["blocks"] * terms, decay_parts=parts_of(into.decay_of[name]), **shared)
+        start(
+            source_gradient_kernel, known, known["blocks"] * terms, decay_parts=parts_of(into.decay_of[name]), **shared
+        )
     return found
 
 
 def reader_gradients(factors: Factors, known: dict[str, Any], into: Gradients, weights: Weights) -> None:
-    """Gradients of the query, and of the probe: for a tied rule what the write key has as one, added to what it has as a source."""
+    """Gradients of the query and of the probe; a tied rule's probe is its write key, which has a part as a source already."""
     tied = factors.erase_strength is not None
     erase = None if factors.erase is None else terms_of(factors.erase)
     for name in ["query", "probe"] if factors.erases else ["query"]:
@@ -332,9 +339,9 @@ def variants(case: Case) -> Iterator[Variant]:
     """What `scan_backward` launches for a case."""
     factors, device = case.factors(), torch.device("meta")
     batch, length, heads = factors.query.shape[:3]
-    state, upstream = (torch.empty(batch, *shape, device=device) for shape in (
-        (heads, case.d_k, case.d_v), (length, heads, case.d_v)
-    ))
+    state, upstream = (
+        torch.empty(batch, *shape, device=device) for shape in ((heads, case.d_k, case.d_v), (length, heads, case.d_v))
+    )
     sequences = Sequences.of_batch(batch, length, backward_chunk_size(factors), device)
     with recorded(case.backend) as launches:
         scan_backward(factors, state, sequences, upstream, state)

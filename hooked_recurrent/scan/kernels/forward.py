@@ -66,7 +66,8 @@ def carry_kernel(
             tile = load_tile(first_row(initial, sequence, sequence * 0, head), initial[2], channels, d_k, columns, d_v)
         state = state + (tile,)
     begin, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
-    for step in range(begin, end):
+    # Addresses that no step changes would fill the registers: they are computed anew.
+    for step in tl.range(begin, end, disable_licm=True):
         if REVERSE:
             chunk = begin + end - 1 - step
         else:
@@ -274,7 +275,8 @@ def carry(
     states = scratch(chunks, heads, d_k, d_v, like=value)
     final = scratch(sequences.count, heads, d_k, d_v, like=value) if want_final else None
     # More columns read the key side less often; how many there is room for depends on what else is in registers.
-    block = block_of(d_v, 32 if d_k <= 64 or (d_k <= 128 and precision.block == 64) else 16)
+    wide = d_k <= 128 and precision.block == 64 and (carrier is None or injector is None)
+    block = block_of(d_v, 32 if d_k <= 64 or wide else 16)
     warps = 8 if d_k > 64 and block == 32 else 4
     arguments = {
         "whole": whole,

@@ -1,7 +1,7 @@
 """Gradients of keys and decays, chunk by chunk: of what reads the state (query, probe) and of what is written (erase, keys).
 
-Given are, per chunk, the state S before it and the adjoint P of the state after it, and per position the gradient g of the read,
-the answer y to the probe and its gradient x. With decay D(t<-j) between positions and the weights
+Given are, per chunk, the state S before it and the adjoint P of the state after it, and per position the gradient g of the
+read, the answer y to the probe and its gradient x. With decay D(t<-j) between positions and the weights
 
     g_t . value_j  (j <= t) for a query                x_t . value_j  (j < t) for a probe, which D(t-1<-j) reaches
 
@@ -10,16 +10,17 @@ where value_j is y_j for an erase and the write value for a write key, the gradi
     reader   D(t<-0) S g_t  +  sum_j weights[t, j] D(t<-j) source_j             (S x_t for a probe)
     source   D(C<-t) P value_t  +  sum_i weights[i, t] D(i<-t) reader_i         (i runs over queries and probes)
 
-Weights of a scalar decay come with it, and the sums are products; with a vector decay they come without, and the sums go position
-by position.
+Weights of a scalar decay come with it, and the sums are products; with a vector decay they come without, and the sums go
+position by position.
 
-The gradient of log d_t sums over every path that decays at t: from the state before the chunk or a source j < t, to a query i >= t,
-a probe i > t or the state after the chunk. No path is counted outside of its own t, to be taken off again: under strong decay the
-difference would be noise. `reader_gradient_kernel` counts the paths to its readers and (with `adjoints`) those from state to
-state, `source_gradient_kernel` those from its sources to the state after. Each launch, and with a scalar decay each block of key
-channels, writes a part of its own; the sum over parts is the gradient.
+The gradient of log d_t sums over every path that decays at t: from the state before the chunk or a source j < t, to a query
+i >= t, a probe i > t or the state after the chunk. No path is counted outside of its own t, to be taken off again: under
+strong decay the difference would be noise. `reader_gradient_kernel` counts the paths to its readers and (with `adjoints`)
+those from state to state, `source_gradient_kernel` those from its sources to the state after. Each launch, and with a
+scalar decay each block of key channels, writes a part of its own; the sum over parts is the gradient.
 
-A tied rule's probe is strength * write_key and its answers u = strength * y + value stand for y, with its one write key as the source.
+A tied rule's probe is strength * write_key and its answers u = strength * y + value stand for y, with its one write key as
+the source.
 """
 
 from typing import no_type_check

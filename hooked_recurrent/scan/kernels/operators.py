@@ -1,7 +1,7 @@
 """The scan and its gradient as operators of torch: autograd, torch.compile and fake tensors see these two and nothing inside.
 
-An operator takes and returns plain tensors, so the roles of Factors stand one after the other, those that are absent as None. For
-the way back nothing is kept but the inputs.
+An operator takes and returns plain tensors, so the roles of Factors stand one after the other, those that are absent as None.
+For the way back nothing is kept but the inputs.
 """
 
 from typing import Any
@@ -32,9 +32,7 @@ def scan(
     """The reads, the final states (of no sequence where they are not wanted), the snapshots; the last without a gradient."""
     factors = Factors(log_decay, write_key, write_value, query, erase, probe, erase_strength)
     sequences = sequences_of(factors, cu_lengths, chunk_size(factors))
-    read, final, states = scan_chunks(
-        factors, sequences, initial_state, snapshots=snapshots, want_state=want_state
-    )
+    read, final, states = scan_chunks(factors, sequences, initial_state, snapshots=snapshots, want_state=want_state)
     state = (factors.query.shape[2], factors.d_k, factors.d_v)
     final = read.new_empty(0, *state) if final is None else final
     return read, final, read.new_empty(0, sequences.count, *state) if states is None else states
@@ -48,7 +46,11 @@ def _(
     sequences = batch if cu_lengths is None else cu_lengths.shape[0] - 1
     state, like = (heads, d_k, write_value.shape[-1]), query.new_empty(0, dtype=torch.float32)
     read = like.new_empty(batch, length, heads, write_value.shape[-1])
-    return read, like.new_empty(sequences if want_state else 0, *state), like.new_empty(len(snapshots), sequences, *state)
+    return (
+        read,
+        like.new_empty(sequences if want_state else 0, *state),
+        like.new_empty(len(snapshots), sequences, *state),
+    )
 
 
 @torch.library.custom_op("hooked_recurrent::scan_gradient", mutates_args=())
@@ -79,7 +81,9 @@ def scan_gradient(
 
 @scan_gradient.register_fake
 def _(*inputs):
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:8] if tensor is not None]
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:8] if tensor is not None
+    ]
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -87,7 +91,9 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.want_state = inputs[10]
 
 
-def _backward(ctx: Any, read_gradient: Tensor, final_gradient: Tensor, snapshot_gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, read_gradient: Tensor, final_gradient: Tensor, snapshot_gradient: Tensor
+) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     gradients = iter(scan_gradient(*inputs, read_gradient, final_gradient if ctx.want_state else None))
     return *(None if tensor is None else next(gradients) for tensor in inputs[:8]), None, None, None

@@ -77,9 +77,7 @@ def _in_stretches(
     return ScanResult(torch.cat(reads, dim=1), final, [states[count] for count in snapshots])
 
 
-def check(
-    factors: Factors, initial_state: Tensor | None, cu_lengths: Tensor | None, snapshots: Sequence[int]
-) -> None:
+def check(factors: Factors, initial_state: Tensor | None, cu_lengths: Tensor | None, snapshots: Sequence[int]) -> None:
     """Refuse what the kernels would not compute, or not as precisely as was asked.
 
     Raises:
@@ -87,7 +85,9 @@ def check(
     """
     query = factors.query
     if query.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"the Triton scan needs its inputs on a GPU, got {query.device}; on a CPU use backend 'chunked'")
+        raise ValueError(
+            f"the Triton scan needs its inputs on a GPU, got {query.device}; on a CPU use backend 'chunked'"
+        )
     present = {**vars(factors), "initial_state": initial_state}
     for name, tensor in present.items():
         if tensor is not None and tensor.dtype not in DTYPES:

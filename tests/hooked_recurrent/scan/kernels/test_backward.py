@@ -1,4 +1,4 @@
-"""Gradients of the Triton scan, interpreted, against autograd through the step reference in float64 on the same (rounded) inputs."""
+"""Gradients of the Triton scan, interpreted, against those of the step reference in float64 on the same (rounded) inputs."""
 
 from dataclasses import replace
 
