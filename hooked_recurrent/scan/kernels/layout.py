@@ -44,16 +44,12 @@ class Sequences:
         return cls(size, batch, torch.stack([rows, starts, counts], dim=1), torch.arange(batch + 1, **place) * each)
 
     @classmethod
-    def packed(
-        cls, cu_lengths: Int[Tensor, "sequences_plus_1"], length: int, size: int, device: torch.device
-    ) -> "Sequences":
-        """Sequences one after the other in a single row of some length, the i-th at cu_lengths[i] .. cu_lengths[i + 1] - 1.
+    def packed(cls, cu_lengths: Int[Tensor, "sequences_plus_1"], size: int, device: torch.device) -> "Sequences":
+        """Sequences one after the other in a single row, the i-th at cu_lengths[i] .. cu_lengths[i + 1] - 1.
 
         How many chunks there are decides the size of scratch, so the lengths are read on the host.
         """
         stops = cu_lengths.tolist()
-        if stops != sorted(stops) or stops[:1] != [0] or stops[-1:] != [length]:
-            raise ValueError(f"cu_lengths must rise from 0 to the length of the row, {length}, got {stops}")
         chunks, first_chunk = [], [0]
         for start, stop in zip(stops, stops[1:], strict=False):
             chunks += [(0, at, min(size, stop - at)) for at in range(start, stop, size)]

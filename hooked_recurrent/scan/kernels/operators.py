@@ -114,4 +114,8 @@ def sequences_of(factors: Factors, cu_lengths: Tensor | None, size: int) -> Sequ
     batch, length = factors.query.shape[:2]
     if cu_lengths is None:
         return Sequences.of_batch(batch, length, size, factors.query.device)
-    return Sequences.packed(cu_lengths, length, size, factors.query.device)
+    cu_lengths = cu_lengths.cpu()
+    stops = cu_lengths.tolist()
+    if stops != sorted(stops) or stops[:1] != [0] or stops[-1:] != [length]:
+        raise ValueError(f"cu_lengths must rise from 0 to the length of the row, {length}, got {stops}")
+    return Sequences.packed(cu_lengths, size, factors.query.device)

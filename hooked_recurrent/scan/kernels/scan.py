@@ -96,9 +96,9 @@ def check(factors: Factors, initial_state: Tensor | None, cu_lengths: Tensor | N
         sizes = f"{factors.length} positions, d_k = {factors.d_k}, d_v = {factors.d_v}"
         raise ValueError(f"the Triton scan needs a position or more and widths of at most {WIDEST}, got {sizes}")
     if cu_lengths is not None and (query.shape[0] != 1 or snapshots):
-        raise ValueError("packed sequences (cu_lengths) need a batch of one row, and snapshots are not taken of them")
+        raise ValueError("packed sequences (cu_lengths) stand in one batch row, and no snapshots are taken of them")
     if any(not 0 <= count <= factors.length for count in snapshots):
-        raise ValueError(f"snapshots {list(snapshots)} must lie between 0 and the length {factors.length}")
+        raise ValueError(f"snapshots count positions from 0 to {factors.length}, got {list(snapshots)}")
     if initial_state is not None:
         sequences = query.shape[0] if cu_lengths is None else len(cu_lengths) - 1
         shape = (query.shape[2], factors.d_k, factors.d_v)

@@ -79,6 +79,13 @@ def test_gradients_equal_those_of_the_step_reference(vector_decay, form, decay, 
     assert_equal_gradients(factors, random_state(factors).float())
 
 
+@pytest.mark.parametrize("vector_decay", [False, True], ids=["scalar", "vector"])
+def test_gradients_where_everything_is_forgotten_at_once(vector_decay, poisoned):
+    factors = small(9, vector_decay=vector_decay, level=0.1, erase="tied")
+    factors.log_decay[:, 3] = -torch.inf
+    assert_equal_gradients(factors, random_state(factors).float())
+
+
 @pytest.mark.parametrize(
     ("vector_decay", "dtype"), [(False, torch.bfloat16), (False, torch.float16), (True, torch.bfloat16)]
 )
@@ -225,7 +232,7 @@ def test_second_derivatives_are_refused():
         ({}, {"cu_lengths": torch.tensor([0, 5]), "snapshots": [2]}, "packed sequences"),
         ({}, {"cu_lengths": torch.tensor([0, 3])}, "cu_lengths"),
         ({}, {"cu_lengths": torch.tensor([0, 4, 3, 5])}, "cu_lengths"),
-        ({}, {"snapshots": [6]}, "between 0 and the length 5"),
+        ({}, {"snapshots": [6]}, "from 0 to 5"),
     ],
 )
 def test_wrong_inputs_are_named(change, options, word, as_users_run):
