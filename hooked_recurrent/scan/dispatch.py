@@ -4,11 +4,11 @@
     chunked    plain torch in chunks, any device and dtype; a single position takes the decode step instead
     triton     kernels on a GPU, float32 or narrower; a single position without gradient takes the fused step
 
-"auto" takes Triton on a GPU wherever its kernels can do what is asked, else the chunked scan; why they can't is logged once.
+"auto" takes Triton on a GPU wherever its kernels can do what is asked, else the chunked scan; why they can't is said once, as a warning.
 """
 
 import importlib
-import logging
+import warnings
 from functools import cache
 from typing import Any
 
@@ -21,8 +21,6 @@ from hooked_recurrent.factors import Before, Factors, Read, State
 from hooked_recurrent.scan.chunked import chunked_scan
 from hooked_recurrent.scan.decode import decode_step
 from hooked_recurrent.scan.step import StateHook, step_scan
-
-logger = logging.getLogger(__name__)
 
 
 def scan(
@@ -87,7 +85,7 @@ def choose(factors: Factors, initial_state: Before | None, *, matrices: bool, ba
         reason = triton_refusal(factors, initial_state)
         if reason is None:
             return "triton"
-        _log_once(reason)
+        _warn_once(reason)
     return "chunked"
 
 
@@ -127,6 +125,6 @@ def _kernels(name: str) -> Any:
 
 
 @cache
-def _log_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     """One warning per reason and process."""
-    logger.warning("the chunked scan runs in place of Triton's kernels: %s", reason)
+    warnings.warn(f"the chunked scan runs in place of Triton's kernels: {reason}", stacklevel=4)

@@ -100,11 +100,11 @@ def test_triton_by_name_runs_its_kernels(length):
         assert distance(got.double(), reference) <= 1e-4
 
 
-def test_on_a_gpu_auto_takes_triton_or_says_once_why_not(monkeypatch, caplog):
+def test_on_a_gpu_auto_takes_triton_or_says_once_why_not(monkeypatch, recwarn):
     wide = random_factors(9)
     narrow = wide.map(torch.Tensor.float)
     monkeypatch.setattr(dispatch, "on_gpu", lambda factors: True)
-    dispatch._log_once.cache_clear()
+    dispatch._warn_once.cache_clear()
     assert dispatch.choose(narrow, None, matrices=False, backend="auto") == "triton"
     assert [dispatch.choose(wide, None, matrices=False, backend="auto") for _ in range(3)] == ["chunked"] * 3
-    assert len(caplog.records) == 1 and "float64" in caplog.records[0].getMessage()
+    assert len(recwarn) == 1 and "float64" in str(recwarn[0].message)
