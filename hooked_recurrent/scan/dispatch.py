@@ -4,7 +4,8 @@
     chunked    plain torch in chunks, any device and dtype; a single position takes the decode step instead
     triton     kernels on a GPU, float32 or narrower; a single position without gradient takes the fused step
 
-"auto" takes Triton on a GPU wherever its kernels can do what is asked, else the chunked scan; why they can't is said once, as a warning.
+"auto" takes Triton on a GPU wherever its kernels can do what is asked, else the chunked scan; a warning says once why they
+can't.
 """
 
 import importlib
