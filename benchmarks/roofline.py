@@ -46,7 +46,8 @@ erase strength float32), state and all scratch float32.
   at a sequence's ends, nor that few programs cannot fill the GPU: a real time lies above these.
 - "Inputs and outputs" is what any kernel must move, whatever it keeps on the chip.
 - Shapes, as heads (keys expanded to value heads) x d_k x d_v: Gated DeltaNet from transformers' `Qwen3_5TextConfig`, whose
-  defaults are the 9B's (32 value heads of 128 x 128); 16 and 48 value heads from the model cards of the 0.8B and the 27B.
+  defaults are the 9B's (32 value heads of 128 x 128). The 0.8B's 16 and the 27B's 48 value heads are taken from secondary
+  sources, and that the 2B and the 4B have the heads of the next is assumed: their released configs were not at hand.
   Mamba-2 from the state-spaces checkpoints: d_state 128, head width 64, d_inner 2048 and 5120. RWKV-7: 768 and 2560 wide, in
   heads of 64.
 """

@@ -14,6 +14,8 @@ def token_shift(
     """
     if tail is None:
         tail = torch.zeros_like(x[:, :1])
+    if x.shape[1] == 1:
+        return tail.to(x.dtype) - x
     return torch.cat([tail.to(x.dtype).expand(len(x), -1, -1), x[:, :-1]], dim=1) - x
 
 

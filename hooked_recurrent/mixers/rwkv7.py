@@ -11,6 +11,7 @@ bonus (r_t . (k_t * u)) v_t that looks at the present token past the memory, a g
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,14 +64,22 @@ class RWKV7Config(MixerConfig):
 class LowRank(nn.Module):
     """bias + up(activation(down x)), the small projections that RWKV-7 makes its gates with."""
 
-    def __init__(self, d_model: int, rank: int, width: int, activation=nn.Identity, bias: Tensor | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        rank: int,
+        width: int,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        bias: Tensor | None = None,
+    ):
         super().__init__()
         self.down, self.up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, width, bias=False)
-        self.activation, self.bias = activation(), None if bias is None else nn.Parameter(bias)
+        self.activation, self.bias = activation, None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos channel"]:
         """Project."""
-        return nn.functional.linear(self.activation(self.down(x)), self.up.weight, self.bias)
+        low = self.down(x)
+        return nn.functional.linear(low if self.activation is None else self.activation(low), self.up.weight, self.bias)
 
 
 class RWKV7(RecurrentMixer):
@@ -104,12 +113,12 @@ class RWKV7(RecurrentMixer):
         self.value, self.out = nn.Linear(d_model, values, bias=False), nn.Linear(values, d_model, bias=False)
         # Slow and fast channels in every head, and slower and faster heads, as in RWKV-LM's initialisation.
         slow_to_fast = -5.5 + 6 * ramp.square() + 2.5 * around * around.abs()
-        self.decay = LowRank(d_model, cfg.decay_rank, keys, nn.Tanh, slow_to_fast)
+        self.decay = LowRank(d_model, cfg.decay_rank, keys, torch.tanh, slow_to_fast)
         self.iclr = LowRank(d_model, cfg.iclr_rank, keys, bias=torch.full((keys,), -0.19))
         if layer > 0:
             self.value_gate = LowRank(d_model, cfg.value_rank, values, bias=torch.full((values,), 0.73))
             self.hook_value_gate = RecurrentHookPoint()
-        self.gate = LowRank(d_model, cfg.gate_rank, values, nn.Sigmoid)
+        self.gate = LowRank(d_model, cfg.gate_rank, values, torch.sigmoid)
         self.removal, self.replacement = nn.Parameter(torch.full((keys,), 0.71)), nn.Parameter(torch.ones(keys))
         self.bonus = nn.Parameter(torch.full((cfg.n_heads, cfg.d_k), -0.04))
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(values)), nn.Parameter(torch.zeros(values))
