@@ -28,6 +28,7 @@ from hooked_recurrent.edits import Edit, attached
 from hooked_recurrent.factors import picked, state_dtype
 from hooked_recurrent.generation import GenerationMixin
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint, in_use
+from hooked_recurrent.layers.linear import Linear, linear
 from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
 from hooked_recurrent.state import LayerState, RecurrentState
@@ -50,7 +51,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
         self.ln_final = make_norm(cfg)
         untied = not cfg.tied_embeddings
-        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False) if untied else TiedUnembed(self.embed)
+        self.unembed = Linear(cfg.d_model, cfg.d_vocab, bias=False) if untied else TiedUnembed(self.embed)
         self.clock = Clock()
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -161,7 +162,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         final, states = self._run(tokens, state, edits, stops, backend, whole_text, last)
         logits = final
         if last is None and return_type is not None:
-            logits = nn.functional.linear(final[:, -1:] if last_only else final, self.W_U.T)
+            logits = linear(final[:, -1:] if last_only else final, self.W_U.T)
             check_finite(self, logits, tokens, state, edits)
         output: Any = None
         if return_type in ("loss", "both"):
@@ -303,7 +304,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             final, _ = self._through(resid, state, call, layer, at=at if early else None)
         if at is not None and not early:
             final = picked(final, at)
-        logits = nn.functional.linear(final, self.W_U.T)
+        logits = linear(final, self.W_U.T)
         if not torch.isfinite(logits.detach().sum(dtype=torch.float64)):
             raise ValueError(
                 f"NaN or Inf in the logits of a run that entered at layer {layer}, position {state.position}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hooked_recurrent.config import AttentionConfig
 from hooked_recurrent.factors import state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.layers.linear import Linear
 from hooked_recurrent.layers.norm import RMSNorm
 from hooked_recurrent.state import LayerState, Shapes
 
@@ -35,11 +36,11 @@ class GatedAttention(nn.Module):
     def __init__(self, cfg: AttentionConfig, d_model: int):
         super().__init__()
         self.cfg = cfg
-        self.q = nn.Linear(d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
-        self.gate = nn.Linear(d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
-        self.k = nn.Linear(d_model, cfg.n_key_value_heads * cfg.d_head, bias=cfg.bias)
-        self.v = nn.Linear(d_model, cfg.n_key_value_heads * cfg.d_head, bias=cfg.bias)
-        self.out = nn.Linear(cfg.n_heads * cfg.d_head, d_model, bias=cfg.bias)
+        self.q = Linear(d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
+        self.gate = Linear(d_model, cfg.n_heads * cfg.d_head, bias=cfg.bias)
+        self.k = Linear(d_model, cfg.n_key_value_heads * cfg.d_head, bias=cfg.bias)
+        self.v = Linear(d_model, cfg.n_key_value_heads * cfg.d_head, bias=cfg.bias)
+        self.out = Linear(cfg.n_heads * cfg.d_head, d_model, bias=cfg.bias)
         self.q_norm, self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps), RMSNorm(cfg.d_head, cfg.norm_eps)
         self.hook_q, self.hook_k, self.hook_v = RecurrentHookPoint(), RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_gate = RecurrentHookPoint()

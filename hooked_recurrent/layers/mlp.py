@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from hooked_recurrent.config import ModelConfig
 from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.layers.linear import Linear
 from hooked_recurrent.layers.token_shift import shift_tails, token_shift
 from hooked_recurrent.state import Shapes
 
@@ -21,9 +22,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int):
         super().__init__()
-        self.gate = nn.Linear(d_model, d_mlp, bias=False)
-        self.up = nn.Linear(d_model, d_mlp, bias=False)
-        self.down = nn.Linear(d_mlp, d_model, bias=False)
+        self.gate = Linear(d_model, d_mlp, bias=False)
+        self.up = Linear(d_model, d_mlp, bias=False)
+        self.down = Linear(d_mlp, d_model, bias=False)
         self.hook_pre, self.hook_pre_linear = RecurrentHookPoint(), RecurrentHookPoint()
         self.hook_post = RecurrentHookPoint()
 
@@ -55,8 +56,8 @@ class ChannelMix(nn.Module):
     def __init__(self, d_model: int, d_mlp: int):
         super().__init__()
         self.mix = nn.Parameter(torch.linspace(1, 0, d_model))
-        self.up = nn.Linear(d_model, d_mlp, bias=False)
-        self.down = nn.Linear(d_mlp, d_model, bias=False)
+        self.up = Linear(d_model, d_mlp, bias=False)
+        self.down = Linear(d_mlp, d_model, bias=False)
         self.hook_pre, self.hook_post = RecurrentHookPoint(), RecurrentHookPoint()
 
     @property

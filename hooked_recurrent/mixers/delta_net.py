@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConvs
+from hooked_recurrent.layers.linear import Linear
 from hooked_recurrent.layers.norm import GatedRMSNorm, RMSNorm, l2_normalize
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
 from hooked_recurrent.state import LayerState, Shapes
@@ -67,10 +68,10 @@ class DeltaNet(RecurrentMixer):
     def __init__(self, cfg: DeltaNetConfig, d_model: int, layer: int):
         super().__init__(cfg, d_model, layer)
         keys, values = cfg.n_heads * cfg.d_k, cfg.n_heads * cfg.d_v
-        self.query, self.key = nn.Linear(d_model, keys, bias=False), nn.Linear(d_model, keys, bias=False)
-        self.value, self.out = nn.Linear(d_model, values, bias=False), nn.Linear(values, d_model, bias=False)
-        self.beta = nn.Linear(d_model, cfg.n_heads, bias=False) if cfg.learned_beta else None
-        self.gate = nn.Linear(d_model, values, bias=False) if cfg.output_gate else None
+        self.query, self.key = Linear(d_model, keys, bias=False), Linear(d_model, keys, bias=False)
+        self.value, self.out = Linear(d_model, values, bias=False), Linear(values, d_model, bias=False)
+        self.beta = Linear(d_model, cfg.n_heads, bias=False) if cfg.learned_beta else None
+        self.gate = Linear(d_model, values, bias=False) if cfg.output_gate else None
         self.convs = ShortConvs([keys, keys, values], cfg.conv_size)
         self.norm = GatedRMSNorm(cfg.d_v, cfg.norm_eps) if cfg.output_gate else RMSNorm(cfg.d_v, cfg.norm_eps, 0.0)
         self.hook_q, self.hook_k = RecurrentHookPoint(), RecurrentHookPoint()

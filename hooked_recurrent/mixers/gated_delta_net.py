@@ -19,6 +19,7 @@ from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConv
+from hooked_recurrent.layers.linear import Linear
 from hooked_recurrent.layers.norm import GatedRMSNorm, l2_normalize
 from hooked_recurrent.layers.step_size import initial_step_bias
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
@@ -67,13 +68,13 @@ class GatedDeltaNet(RecurrentMixer):
     def __init__(self, cfg: GatedDeltaNetConfig, d_model: int, layer: int):
         super().__init__(cfg, d_model, layer)
         self.key_width, value_width = cfg.n_key_heads * cfg.d_k, cfg.n_heads * cfg.d_v
-        self.qkv = nn.Linear(d_model, 2 * self.key_width + value_width, bias=False)
-        self.gate = nn.Linear(d_model, value_width, bias=False)
-        self.beta = nn.Linear(d_model, cfg.n_heads, bias=False)
-        self.dt = nn.Linear(d_model, cfg.n_heads, bias=False)
+        self.qkv = Linear(d_model, 2 * self.key_width + value_width, bias=False)
+        self.gate = Linear(d_model, value_width, bias=False)
+        self.beta = Linear(d_model, cfg.n_heads, bias=False)
+        self.dt = Linear(d_model, cfg.n_heads, bias=False)
         self.conv = ShortConv(2 * self.key_width + value_width, cfg.conv_size)
         self.norm = GatedRMSNorm(cfg.d_v, cfg.norm_eps)
-        self.out = nn.Linear(value_width, d_model, bias=False)
+        self.out = Linear(value_width, d_model, bias=False)
         self.dt_bias = nn.Parameter(initial_step_bias(cfg.n_heads))
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1.0, 16.0).log())
         self.hook_q, self.hook_k = RecurrentHookPoint(), RecurrentHookPoint()

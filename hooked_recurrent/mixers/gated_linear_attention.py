@@ -18,6 +18,7 @@ from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConvs
+from hooked_recurrent.layers.linear import Linear
 from hooked_recurrent.layers.norm import GatedRMSNorm, RMSNorm
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
 from hooked_recurrent.state import LayerState, Shapes
@@ -78,10 +79,10 @@ class GatedLinearAttention(RecurrentMixer):
         super().__init__(cfg, d_model, layer)
         queries, z_width = cfg.n_heads * cfg.d_k, cfg.n_heads * cfg.d_v
         keys, values = cfg.n_key_value_heads * cfg.d_k, cfg.n_key_value_heads * cfg.d_v
-        self.query, self.key = nn.Linear(d_model, queries, bias=False), nn.Linear(d_model, keys, bias=False)
-        self.value, self.out = nn.Linear(d_model, values, bias=False), nn.Linear(z_width, d_model, bias=False)
-        self.decay = nn.Sequential(nn.Linear(d_model, cfg.decay_rank, bias=False), nn.Linear(cfg.decay_rank, keys))
-        self.gate = nn.Linear(d_model, z_width, bias=False) if cfg.output_gate else None
+        self.query, self.key = Linear(d_model, queries, bias=False), Linear(d_model, keys, bias=False)
+        self.value, self.out = Linear(d_model, values, bias=False), Linear(z_width, d_model, bias=False)
+        self.decay = nn.Sequential(Linear(d_model, cfg.decay_rank, bias=False), Linear(cfg.decay_rank, keys))
+        self.gate = Linear(d_model, z_width, bias=False) if cfg.output_gate else None
         self.convs = None if cfg.conv_size is None else ShortConvs([queries, keys, values], cfg.conv_size)
         self.norm = GatedRMSNorm(cfg.d_v, cfg.norm_eps) if cfg.output_gate else RMSNorm(cfg.d_v, cfg.norm_eps, 0.0)
         self.hook_q, self.hook_k, self.hook_v = RecurrentHookPoint(), RecurrentHookPoint(), RecurrentHookPoint()

@@ -22,6 +22,7 @@ from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConvs
+from hooked_recurrent.layers.linear import Linear
 from hooked_recurrent.layers.norm import GatedRMSNorm, l2_normalize
 from hooked_recurrent.layers.step_size import initial_step_bias
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
@@ -79,13 +80,13 @@ class KimiDeltaAttention(RecurrentMixer):
     def __init__(self, cfg: KimiDeltaAttentionConfig, d_model: int, layer: int):
         super().__init__(cfg, d_model, layer)
         keys, values, channels = cfg.n_key_heads * cfg.d_k, cfg.n_heads * cfg.d_v, cfg.n_heads * cfg.d_k
-        self.query, self.key = nn.Linear(d_model, keys, bias=False), nn.Linear(d_model, keys, bias=False)
-        self.value, self.out = nn.Linear(d_model, values, bias=False), nn.Linear(values, d_model, bias=False)
+        self.query, self.key = Linear(d_model, keys, bias=False), Linear(d_model, keys, bias=False)
+        self.value, self.out = Linear(d_model, values, bias=False), Linear(values, d_model, bias=False)
         self.convs = ShortConvs([keys, keys, values], cfg.conv_size)
-        self.beta = nn.Linear(d_model, cfg.n_heads, bias=False)
-        down, gate_up = nn.Linear(d_model, cfg.d_v, bias=False), nn.Linear(cfg.d_v, values, bias=cfg.gate_bias)
+        self.beta = Linear(d_model, cfg.n_heads, bias=False)
+        down, gate_up = Linear(d_model, cfg.d_v, bias=False), Linear(cfg.d_v, values, bias=cfg.gate_bias)
         self.gate = nn.Sequential(down, gate_up)
-        down, decay_up = nn.Linear(d_model, cfg.d_v, bias=False), nn.Linear(cfg.d_v, channels, bias=False)
+        down, decay_up = Linear(d_model, cfg.d_v, bias=False), Linear(cfg.d_v, channels, bias=False)
         self.decay = nn.Sequential(down, decay_up)
         self.dt_bias = nn.Parameter(initial_step_bias(channels))
         rate = torch.empty(cfg.n_heads).uniform_(1.0, 16.0) if cfg.lower_bound is None else torch.ones(cfg.n_heads)

@@ -21,6 +21,7 @@ from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
 from hooked_recurrent.layers.conv import ShortConv
+from hooked_recurrent.layers.linear import Linear
 from hooked_recurrent.layers.norm import GatedRMSNorm
 from hooked_recurrent.layers.step_size import initial_step_bias
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
@@ -91,14 +92,14 @@ class Mamba2(RecurrentMixer):
         super().__init__(cfg, d_model, layer)
         self.key_width, self.value_width = cfg.n_groups * cfg.d_k, cfg.n_heads * cfg.d_v
         mixed_width = self.value_width + 2 * self.key_width
-        self.vkq = nn.Linear(d_model, mixed_width, bias=cfg.bias)  # x, B, C, in the papers' order
-        self.gate = nn.Linear(d_model, self.value_width, bias=cfg.bias)
-        self.dt = nn.Linear(d_model, cfg.n_heads, bias=cfg.bias)
+        self.vkq = Linear(d_model, mixed_width, bias=cfg.bias)  # x, B, C, in the papers' order
+        self.gate = Linear(d_model, self.value_width, bias=cfg.bias)
+        self.dt = Linear(d_model, cfg.n_heads, bias=cfg.bias)
         self.conv = ShortConv(mixed_width, cfg.conv_size, bias=cfg.conv_bias)
         self.norm = GatedRMSNorm(
             self.value_width, cfg.norm_eps, groups=cfg.n_groups, gate_first=not cfg.norm_before_gate
         )
-        self.out = nn.Linear(self.value_width, d_model, bias=cfg.bias)
+        self.out = Linear(self.value_width, d_model, bias=cfg.bias)
         self.dt_bias = nn.Parameter(initial_step_bias(cfg.n_heads))
         self.A_log = nn.Parameter(torch.empty(cfg.n_heads).uniform_(1.0, 16.0).log())
         self.D = nn.Parameter(torch.ones(cfg.n_heads))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hooked_recurrent.config import MixerConfig, require_positive
 from hooked_recurrent.factors import Factors, state_dtype
 from hooked_recurrent.hooks import RecurrentHookPoint
+from hooked_recurrent.layers.linear import Linear, linear
 from hooked_recurrent.layers.token_shift import shift_tails, token_shift
 from hooked_recurrent.mixers.base import Call, RecurrentMixer
 from hooked_recurrent.state import LayerState, Shapes
@@ -73,13 +74,13 @@ class LowRank(nn.Module):
         bias: Tensor | None = None,
     ):
         super().__init__()
-        self.down, self.up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, width, bias=False)
+        self.down, self.up = Linear(d_model, rank, bias=False), Linear(rank, width, bias=False)
         self.activation, self.bias = activation, None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos channel"]:
         """Project."""
         low = self.down(x)
-        return nn.functional.linear(low if self.activation is None else self.activation(low), self.up.weight, self.bias)
+        return linear(low if self.activation is None else self.activation(low), self.up.weight, self.bias)
 
 
 class RWKV7(RecurrentMixer):
@@ -109,8 +110,8 @@ class RWKV7(RecurrentMixer):
         ramp, around = torch.linspace(0, 1, keys), torch.linspace(-1, 1, cfg.d_k).repeat(cfg.n_heads)
         for name in ("mix_r", "mix_w", "mix_k", "mix_v", "mix_a", "mix_g"):
             setattr(self, name, nn.Parameter(1 - torch.linspace(0, 1, d_model).sqrt()))
-        self.query, self.key = nn.Linear(d_model, keys, bias=False), nn.Linear(d_model, keys, bias=False)
-        self.value, self.out = nn.Linear(d_model, values, bias=False), nn.Linear(values, d_model, bias=False)
+        self.query, self.key = Linear(d_model, keys, bias=False), Linear(d_model, keys, bias=False)
+        self.value, self.out = Linear(d_model, values, bias=False), Linear(values, d_model, bias=False)
         # Slow and fast channels in every head, and slower and faster heads, as in RWKV-LM's initialisation.
         slow_to_fast = -5.5 + 6 * ramp.square() + 2.5 * around * around.abs()
         self.decay = LowRank(d_model, cfg.decay_rank, keys, torch.tanh, slow_to_fast)

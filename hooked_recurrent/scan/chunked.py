@@ -28,8 +28,8 @@ from hooked_recurrent.scan.chunk_passes import backward_pass, forward_pass
 from hooked_recurrent.scan.slab import Slab
 from hooked_recurrent.scan.step import step_scan
 
-# Bytes that the stacks of a slab may take: between 2 and 8 MiB it matters little, beyond the cache it does.
-SLAB_BYTES = 3 << 20
+# Bytes that the stacks of a slab may take: between 3 and 12 MiB it matters little.
+SLAB_BYTES = 6 << 20
 # Bytes that the states of a group of rows may take; more rows than that are scanned group by group.
 STATE_BYTES = 4 << 20
 
