@@ -2,6 +2,7 @@
 
     python benchmarks/compiled_kernels.py [--kernel NAME ...] [--target sm_80 sm_90 gfx942] [--widths 64 128 80]
                                           [--rules ...] [--dtypes float32 bfloat16] [--jobs N] [--json PATH]
+                                          [--markdown PATH]
 
 Nothing runs, so no GPU is needed; the numbers are the compilers' own, except the occupancy, which is computed from them
 (`support/compilation.py` has the formula and the limits). The exit status is 1 when a kernel spills registers at d_k = d_v = 64
@@ -121,6 +122,35 @@ def show(records: list[Record]) -> None:
             console.print(f"{where} {fault}", style="red", markup=False, highlight=False)
 
 
+def summary(records: list[Record], made_by: dict[str, str]) -> str:
+    """A page with one row per kernel, width, dtype and target: ranges over rules and variants."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.kernel, record.d_k, record.dtype, record.target), []).append(record)
+    wrong = sum(bool(faults(record)) for record in records)
+    versions = ", ".join(f"{name} {version}" for name, version in made_by.items())
+    lines = [
+        "# What every compiled kernel needs",
+        "",
+        "Made by `python benchmarks/compiled_kernels.py`; nothing was run. "
+        f"{len(records)} configurations compiled, {wrong}",
+        "of them with a fault (a spill at widths 64 and 128, too much shared memory, no compilation). The occupancy is",
+        f"computed; the rest is what the compilers say ({versions}). Ranges are over",
+        "the rules and variants of a kernel.",
+        "",
+        "| kernel | d_k = d_v | dtype | target | configurations | registers | spills, bytes | shared, KB | active warps |",
+        "| --- | --: | --- | --- | --: | --: | --: | --: | --: |",
+    ]
+    for (kernel, width, dtype, target), some in groups.items():
+        registers = f"{min(r.registers for r in some)} to {max(r.registers for r in some)}"
+        warps = f"{min(r.active_warps for r in some)} to {max(r.active_warps for r in some)} of {some[0].warp_slots}"
+        spills, shared = max(r.spill_bytes for r in some), max(r.shared_bytes for r in some) / 1024
+        name = kernel.removesuffix("_kernel").replace("_", " ")
+        cells = (name, width, dtype, target, len(some), registers, spills, f"{shared:.0f}", warps)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -131,6 +161,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; one per core by default")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--markdown", type=Path, help="also write a page that sums it up")
     return parser.parse_args()
 
 
@@ -143,8 +174,10 @@ def main() -> int:
         print("no kernel has such a name")
         return 1
     show(records)
+    made_by = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if given.markdown:
+        given.markdown.write_text(summary(records, made_by), encoding="utf-8")
     if given.json:
-        made_by = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
         text = json.dumps({"compilers": made_by, "kernels": [asdict(record) for record in records]}, indent=1)
         given.json.write_text(text + "\n", encoding="utf-8")
     return int(any(faults(record) for record in records))

@@ -37,9 +37,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_small_kernels_compile_for_both_vendors(tmp_path):
-    table = tmp_path / "table.json"
+    table, page = tmp_path / "table.json", tmp_path / "page.md"
     case = ["--kernel", "step", "short_conv", "--widths", "16", "--rules", "mamba2", "rwkv7", "--dtypes", "bfloat16"]
-    done = run(SCRIPT, *case, "--target", "sm_80", "gfx942", "--jobs", "1", "--json", str(table))
+    done = run(
+        SCRIPT, *case, "--target", "sm_80", "gfx942", "--jobs", "1", "--json", str(table), "--markdown", str(page)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     records = [Record(**one) for one in json.loads(table.read_text())["kernels"]]
     assert {record.target for record in records} == {"sm_80", "gfx942"}
@@ -52,6 +54,11 @@ def test_small_kernels_compile_for_both_vendors(tmp_path):
         assert record.limited_by in ("threads", "registers", "shared memory")
     assert {record.kernel for record in records} == {"step_kernel", "short_conv_kernel"}
     assert "step_kernel" in done.stdout and "gfx942" in done.stdout
+    text = page.read_text()
+    assert f"{len(records)} configurations compiled, 0\n" in text
+    some = [r for r in records if (r.kernel, r.target) == ("step_kernel", "sm_80")]
+    registers = f"{min(r.registers for r in some)} to {max(r.registers for r in some)}"
+    assert f"| step | 16 | bfloat16 | sm_80 | {len(some)} | {registers} | 0 |" in text
 
 
 def test_spills_of_a_starved_kernel_are_read():
