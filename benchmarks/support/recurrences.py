@@ -115,9 +115,9 @@ def mamba2_factors(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Fa
     heads = x.shape[2]
     return Factors(
         log_decay=dt * A,
-        write_key=B.repeat_interleave(heads, dim=2),
+        write_key=B.expand(-1, -1, heads, -1),
         write_value=dt[..., None] * x,
-        query=C.repeat_interleave(heads, dim=2),
+        query=C.expand(-1, -1, heads, -1),
     )
 
 

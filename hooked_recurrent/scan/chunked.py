@@ -29,7 +29,7 @@ from hooked_recurrent.scan.slab import Slab
 from hooked_recurrent.scan.step import step_scan
 
 # Bytes that the stacks of a slab may take: between 3 and 12 MiB it matters little.
-SLAB_BYTES = 6 << 20
+SLAB_BYTES = 4 << 20
 # Bytes that the states of a group of rows may take; more rows than that are scanned group by group.
 STATE_BYTES = 4 << 20
 

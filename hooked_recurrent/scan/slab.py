@@ -42,13 +42,17 @@ class Decay(ABC):
     """Whether `whole` acts after the columns were added to the state, because they are decayed to the chunk's start instead."""
 
     def __init__(
-        self, rows: Rows, columns: Columns, inclusive: Tensor, upto: Tensor, seen: Bool[Tensor, "block pos pos"]
+        self, rows: Rows, columns: Columns, log_decay: Tensor, inclusive: Tensor, seen: Bool[Tensor, "block pos pos"]
     ):
-        """`inclusive` is c [chunk, batch_head, pos, (d_k)], `upto` the c of every row, `seen` the columns that rows see."""
+        """`inclusive` is c [chunk, batch_head, pos, (d_k)], `seen` which columns a row sees."""
         self.row_blocks, self.column_blocks, self.size = rows.shape[2], columns.shape[2], rows.shape[3]
-        self.inclusive, self.upto, self.unseen = inclusive, upto, ~seen
+        self.log_decay, self.inclusive, self.unseen = log_decay, inclusive, ~seen
         self.rows, self.columns = rows.flatten(2, 3), columns.flatten(2, 3)
         self.gram = self.between(rows, columns)
+
+    def upto(self) -> Float[Tensor, "chunk batch_head row_block pos *d_k"]:
+        """c of every row: queries read after the step of their own position, probes before it."""
+        return torch.stack([self.inclusive, self.inclusive - self.log_decay][: self.row_blocks], dim=2)
 
     @abstractmethod
     def between(self, rows: Rows, columns: Columns) -> Gram:
@@ -72,11 +76,11 @@ class OneNumber(Decay):
 
     def between(self, rows: Rows, columns: Columns) -> Gram:
         """The decay is put on the product."""
-        last = self.inclusive[:, :, -1:]
-        self.row_decay = self.upto.exp().flatten(2, 3)[..., None]
+        last, upto = self.inclusive[:, :, -1:], self.upto()
+        self.row_decay = upto.exp().flatten(2, 3)[..., None]
         self.column_decay = (last - self.inclusive).exp().repeat(1, 1, self.column_blocks)[..., None]
         self.whole = last[..., None].exp()
-        decay = self.upto[..., None] - self.inclusive[:, :, None, None]
+        decay = upto[..., None] - self.inclusive[:, :, None, None]
         self.decay = decay.masked_fill_(self.unseen, -torch.inf).exp_()[..., None, :]
         return self.unblocked(self.blocks(self.rows @ self.columns.mT).mul_(self.decay))
 
@@ -98,7 +102,12 @@ class Bounded(Decay):
 
     def between(self, rows: Rows, columns: Columns) -> Gram:
         """The decay is put on rows and columns."""
-        self.since, self.growth = self.upto.exp(), (-self.inclusive).exp()[:, :, None]
+        self.since = torch.empty_like(rows)
+        torch.exp(self.inclusive, out=self.since[:, :, 0])
+        if self.row_blocks == 2:  # exp(c_{t-1}) is that of the position before, and 1 at the chunk's start
+            self.since[:, :, 1, 0] = 1.0
+            self.since[:, :, 1, 1:] = self.since[:, :, 0, :-1]
+        self.growth = self.since[:, :, :1].reciprocal()
         rows.mul_(self.since)
         columns.mul_(self.growth)
         self.whole = self.inclusive[:, :, -1, :, None].exp()
@@ -121,10 +130,11 @@ class Strong(Decay):
         """The decay stands between rows and columns, channel by channel."""
         last = self.inclusive[:, :, -1:]
         self.plain_rows, self.plain_columns = rows, columns
-        self.since, self.to_end = self.upto.exp(), (last - self.inclusive).exp()[:, :, None]
+        upto, to_end = self.upto(), (last - self.inclusive).exp()
+        self.since, self.to_end = upto.exp(), to_end[:, :, None]
         self.rows, self.columns = (rows * self.since).flatten(2, 3), (columns * self.to_end).flatten(2, 3)
         self.whole = last[:, :, 0, :, None].exp()
-        decay = self.upto[:, :, :, :, None] - self.inclusive[:, :, None, None]
+        decay = upto[:, :, :, :, None] - self.inclusive[:, :, None, None]
         self.decay = decay.masked_fill_(self.unseen[..., None], -torch.inf).exp_()
         return self.unblocked(torch.einsum("nhbtd,nhcjd,nhbtjd->nhbtcj", rows, columns, self.decay))
 
@@ -180,13 +190,11 @@ def made(rows: Rows, columns: Columns, log_decay: Float[Tensor, "chunk batch_hea
     """The kind of decay that these numbers allow."""
     inclusive = log_decay.cumsum(dim=2)
     blocks, size = rows.shape[2], rows.shape[3]
-    # Queries read after the step of their own position, probes before it.
-    upto = torch.stack([inclusive, inclusive - log_decay][:blocks], dim=2)
     seen = torch.ones(size, size, dtype=torch.bool, device=rows.device).tril()
     kind: type[Decay] = OneNumber
     if log_decay.ndim == 4:
         kind = Bounded if bool(inclusive[:, :, -1].min() > -SAFE_EXPONENT) else Strong
-    return kind(rows, columns, inclusive, upto, torch.stack([seen, seen.tril(-1)][:blocks]))
+    return kind(rows, columns, log_decay, inclusive, torch.stack([seen, seen.tril(-1)][:blocks]))
 
 
 def stack(

@@ -57,8 +57,8 @@ def test_a_loss_needs_two_tokens(model):
 
 
 def test_unknown_backend(model):
-    with pytest.raises(ValueError, match="unknown scan backend 'triton'"):
-        model(TOKENS, backend="triton")
+    with pytest.raises(ValueError, match="unknown scan backend 'fast'"):
+        model(TOKENS, backend="fast")
 
 
 def test_states_that_do_not_fit(model, as_users_run):
