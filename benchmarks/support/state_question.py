@@ -1,10 +1,11 @@
-"""What is the state S_t of layer l at position t? Three ways to ask, on a random four-layer hybrid.
+"""What is the state S_t of layer l at position t? Four ways to ask, on a random four-layer hybrid.
 
     eager scan          transformer_lens's bridge scans the layer in Python and keeps every state of every head.
     compute_ssm_state   the bridge caches the layer's interior; then it scans again, keeps every state, hands out one.
     ours                the layer's factors are cached; `cache.state` runs the chunked scan over them for the heads asked for.
+    ours, stopping      the same with `stop_at_layer`: nothing above the layer is run, which the bridge has no way to ask for.
 
-All run the whole text through the whole model once. t is the last position, so that no one could have stopped earlier.
+The others run the whole text through the whole model once. t is the last position, so that no one could have stopped earlier.
 """
 
 from collections.abc import Callable
@@ -24,13 +25,13 @@ Ask = Callable[[Tensor], Tensor]
 """Tokens [1, pos] to the state after the last of them, [head, d_k, d_v]."""
 
 
-def ours(quick: bool, head: int | None = None) -> Ask:
-    """Our way, for one head or all of them."""
+def ours(quick: bool, head: int | None = None, stop_at_layer: int | None = None) -> Ask:
+    """Our way, for one head or all of them, through the whole model or no further than the layer."""
     model = HookedRecurrentModel.from_hf(random_model(KINDS, quick)).requires_grad_(False)
     names = [f"blocks.{LAYER}.mixer.hook_{role}" for role in ROLES]
 
     def ask(tokens: Tensor) -> Tensor:
-        _, cache = model.run_with_cache(tokens, names_filter=names)
+        _, cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=stop_at_layer)
         heads = slice(None) if head is None else slice(head, head + 1)
         return cache.state(LAYER, heads, -1)[0]
 
@@ -66,6 +67,7 @@ def compute_ssm_state(quick: bool) -> Ask:
 WAYS: dict[str, Callable[[bool], Ask]] = {
     "ours, one head": lambda quick: ours(quick, head=0),
     "ours, all heads": ours,
+    "ours, stopping above the layer": lambda quick: ours(quick, stop_at_layer=LAYER + 1),
     "transformer_lens, eager scan": eager_scan,
     "transformer_lens, compute_ssm_state": compute_ssm_state,
 }

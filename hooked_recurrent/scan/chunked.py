@@ -44,7 +44,7 @@ def chunked_scan(
     """Scan in chunks; equal to `step_scan` up to rounding, and differentiable.
 
     Its gradient is the transposed scan, with the chunks made again instead of kept. That gradient's own gradient is taken
-    through `step_scan`: exact, but slow.
+    through `step_scan`: exact, but slow; and so is everything under a transform of torch.func.
 
     Args:
         factors: the six roles, tied or decoupled, with one or several writes per position.
@@ -96,6 +96,9 @@ def _scan_group(factors: Factors, state: Before | None, chunk_size: int, want_st
     """Scan rows that fit into the cache together, with or without a gradient to record."""
     dtype = state_dtype(factors.query.dtype)
     batch, length, heads, _ = factors.query.shape
+    if length and torch._C._are_functorch_transforms_active():  # they know torch's operations, not our gradient
+        read, after = step_scan(factors, state)
+        return read, after if want_state else None
     state = None if state is None else state.to(dtype)
     if length == 0:
         read = torch.zeros(batch, 0, heads, factors.d_v, dtype=dtype, device=factors.query.device)

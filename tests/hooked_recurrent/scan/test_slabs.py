@@ -131,3 +131,19 @@ def test_nothing_of_the_size_of_a_state_per_position_is_made():
         read, after = chunked_scan(replace(factors, write_value=value))
         (read.sum() + after.sum()).backward()
     assert max(sizes) < 512 * 64 * 64 * 4 / 8
+
+
+@over_forms
+def test_transforms_of_torch_func_pass_through(erase, terms):
+    """grad, and forward mode through jvp."""
+    factors = random_factors(5, batch=1, heads=1, d_k=2, d_v=3, erase=erase, terms=terms)
+
+    def loss(key):
+        return chunked_scan(replace(factors, write_key=key), chunk_size=2)[0].sin().sum()
+
+    key = factors.write_key.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(key), key)
+    assert distance(torch.func.grad(loss)(factors.write_key), expected) <= 1e-12
+    along = torch.randn_like(factors.write_key)
+    _, slope = torch.func.jvp(loss, (factors.write_key,), (along,))
+    assert abs(slope - (expected * along).sum()) <= 1e-12
