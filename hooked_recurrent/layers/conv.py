@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_recurrent.scan.dispatch import has_triton
+
 # Bytes of outputs that are made at a time where no gradient is recorded: they stay in the cache through every tap.
 BLOCK_BYTES = 1 << 20
 
@@ -51,11 +53,12 @@ class ShortConv(nn.Module):
         record = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad or tail.requires_grad)
         if record:
             return nn.functional.silu(self._convolved(x, tail)), tails
-        if x.is_cuda and x.dtype != torch.float64 and x.shape[1]:
-            from hooked_recurrent.layers.conv_kernel import triton_short_conv  # Triton exists on Linux alone
+        kind = torch.promote_types(x.dtype, self.weight.dtype)
+        if x.is_cuda and kind != torch.float64 and x.shape[1] and has_triton():
+            from hooked_recurrent.layers.conv_kernel import triton_short_conv
 
             return triton_short_conv(x, tail, self.weight, self.bias)[0], tails
-        out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, self.weight.dtype))
+        out = torch.empty_like(x, dtype=kind)
         block = max(1, BLOCK_BYTES // (len(x) * x.shape[2] * out.element_size()))
         for start in range(0, x.shape[1], block):
             stop = min(start + block, x.shape[1])

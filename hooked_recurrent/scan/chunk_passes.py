@@ -54,9 +54,8 @@ def forward_pass(
         found, here = _found(slab, index, state, batch), carried[index]
         if slab.solver is not None and slab.given is not None:
             asked_for = slab.given[index] if found is None else found[:, size:].add_(slab.given[index])
-            here[:, :size] = (
-                slab.solver[index] @ asked_for
-            )  # not `out=`: into a part of a tensor that goes head by head
+            # Not `out=`: a product into a part of a tensor goes head by head.
+            here[:, :size] = slab.solver[index] @ asked_for
         if found is None:
             torch.bmm(slab.asked[index], here, out=reads[index])
         else:

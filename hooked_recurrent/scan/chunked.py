@@ -28,7 +28,7 @@ from hooked_recurrent.scan.chunk_passes import backward_pass, forward_pass
 from hooked_recurrent.scan.slab import Slab
 from hooked_recurrent.scan.step import step_scan
 
-# Bytes that the stacks of a slab may take: between 3 and 12 MiB it matters little.
+# Bytes that the stacks of a slab may take, so that they stay in the cache.
 SLAB_BYTES = 4 << 20
 # Bytes that the states of a group of rows may take; more rows than that are scanned group by group.
 STATE_BYTES = 4 << 20
@@ -76,7 +76,7 @@ def chunked_scan(
 
 
 def default_chunk_size(factors: Factors) -> int:
-    """How many positions go into a chunk: few for wide heads, whose own products fill the machine; see benchmarks/scan.py."""
+    """How many positions go into a chunk: few for wide heads, whose products are large by themselves."""
     return 16 if factors.d_k >= 64 else 32
 
 

@@ -9,6 +9,7 @@ can't.
 """
 
 import importlib
+import importlib.util
 import warnings
 from functools import cache
 from typing import Any
@@ -95,14 +96,18 @@ def on_gpu(factors: Factors) -> bool:
     return factors.query.is_cuda
 
 
+@cache
+def has_triton() -> bool:
+    """Whether the package is installed, which is the case on Linux alone."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def triton_refusal(factors: Factors, initial_state: Before | None) -> str | None:
     """Why the Triton kernels can't scan this; None if they can."""
+    if not has_triton():
+        return "the Triton scan needs the package triton, which is not installed"
     try:
-        kernels = _kernels("scan")
-    except ImportError as error:
-        return f"the Triton scan needs the package triton ({error})"
-    try:
-        kernels.check(factors, initial_state, None, ())
+        _kernels("scan").check(factors, initial_state, None, ())
     except ValueError as error:
         return str(error)
     return None

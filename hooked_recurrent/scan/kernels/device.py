@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+WIDEST = 256
+"""Of keys and values: as many numbers of a row as kernels keep at once."""
 INTERPRETED = knobs.runtime.interpret
 """Whether TRITON_INTERPRET was set when the kernels were imported; nothing later changes what they are."""
 

@@ -4,18 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent.factors import Factors, Read
+from hooked_recurrent.scan.kernels.device import WIDEST, runs_on
 from hooked_recurrent.scan.kernels.operators import scan
 
-INTERPRETED = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, on any device; decided as they are imported."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
-"""Of keys and values: as many numbers of a row as kernels keep at once."""
 
 
 class ScanResult(NamedTuple):
@@ -84,7 +80,7 @@ def check(factors: Factors, initial_state: Tensor | None, cu_lengths: Tensor | N
         ValueError: for what is wrong in the inputs, with what it is.
     """
     query = factors.query
-    if query.device.type != "cuda" and not INTERPRETED:
+    if not runs_on(query.device):
         raise ValueError(
             f"the Triton scan needs its inputs on a GPU, got {query.device}; on a CPU use backend 'chunked'"
         )

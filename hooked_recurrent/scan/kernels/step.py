@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hooked_recurrent.factors import Before, Factors, Read, State, state_dtype
-from hooked_recurrent.scan.kernels.device import launching_on, rows_contiguous
+from hooked_recurrent.scan.kernels.device import WIDEST, launching_on, rows_contiguous
 from hooked_recurrent.scan.kernels.variants import Case, Variant, register, variants_of
 
 NAMES = ("log_decay", "write_key", "write_value", "query", "erase", "probe", "erase_strength")
-WIDEST = 256
 NUM_WARPS = 4
 FEW_PROGRAMS = 512
 """Below this many programs a GPU of some hundred processors is not busy; narrower blocks make twice as many."""
