@@ -31,18 +31,19 @@ class StateSequences(Samples):
 
     def __init__(
         self,
-        log_decay: Float[Tensor, "passage pos"],
-        key: Float[Tensor, "passage pos *term d_k"],
-        value: Float[Tensor, "passage pos *term d_v"],
-        squared_norms: Float[Tensor, "passage pos"] | None = None,
+        log_decay: Float[Tensor, "..."],
+        key: Float[Tensor, "..."],
+        value: Float[Tensor, "..."],
+        squared_norms: Float[Tensor, "..."] | None = None,
         skip: int = 0,
     ):
         """The net writes of one head.
 
         Args:
-            log_decay: log d_t <= 0; -inf forgets everything.
-            key, value: S_t = d_t S_{t-1} + sum over terms of key value^T; the term axis may be left out.
-            squared_norms: |S_t|^2 of every position; computed here, when first asked for, if not given.
+            log_decay: log d_t <= 0 [passage, pos]; -inf forgets everything.
+            key, value: [passage, pos, term, d_k] and [passage, pos, term, d_v], S_t = d_t S_{t-1} + sum over terms of
+                key value^T; the term axis may be left out.
+            squared_norms: |S_t|^2 [passage, pos]; computed here, when first asked for, if not given.
             skip: the first positions of every passage count in the states behind them, but are no samples themselves.
 
         Raises:
@@ -176,11 +177,9 @@ class StateSequences(Samples):
 
     def inner_with_matrix(self, matrix: Float[Tensor, "d_k d_v"]) -> Float[Tensor, " sample"]:
         """<S_t, matrix> of every state: the running sum of key^T matrix value."""
-        products = ((self.key @ matrix) * self.value).sum((2, 3))[..., None]
-        sums = [
-            part for _, _, part in running_sums(self._decays(), lambda start, stop: products[:, start:stop].clone())
-        ]
-        return torch.cat(sums, dim=1)[:, self.skip :].flatten()
+        products, decays = ((self.key @ matrix) * self.value).sum((2, 3))[..., None], self._decays_of(self.dtype)
+        parts = running_sums(decays, lambda start, stop: products[:, start:stop].clone())
+        return torch.cat([sums for _, _, sums in parts], dim=1)[:, self.skip :].flatten()
 
     def squared_norms(self) -> Float[Tensor, " sample"]:
         """|S_t|^2 of every state."""
