@@ -125,6 +125,14 @@ def test_narrow_types(dtype):
     assert distance(result.squared_norms(), states_of(net)[:, 1:].square().sum((-1, -2))) <= 1e-12
 
 
+def test_an_erase_beside_the_write_key_by_more_than_rounding_is_a_term_of_its_own():
+    factors = random_factors(6, erase="tied").decoupled()
+    for size, terms in ((1e-16, 1), (1e-12, 2)):
+        erase = factors.erase.clone()
+        erase[1, 3, 0] += size * torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+        assert changes(replace(factors, erase=erase)).key.shape[3] == terms
+
+
 def test_nothing_left_of_the_state():
     """A decay of exactly 0 (log -inf) forgets, and spoils no norm."""
     factors = random_factors(8)
