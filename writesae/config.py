@@ -4,6 +4,7 @@ The variant is written down (`encoder`, `decoder`, `activation`) and saved with 
 to guess it from tensor names. A new one adds its name to the tuple here and a class beside the others in `writesae.sae`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -67,12 +68,21 @@ class WriteSAEConfig(StrictConfig):
     matryoshka: tuple[int, ...] = ()
     """Prefix sizes, rising: the first m atoms alone must rebuild the input too, for every m listed (Bussmann et al. 2025,
     arXiv:2503.17547). The whole dictionary always counts and need not be listed."""
+    sparsity: float = 1e-3
+    """Weight of the sparsity penalty of jumprelu (L0), gated (L1 of the gate) and soft_gated; topk and batch_topk have
+    none."""
+    bandwidth: float = 1e-2
+    """Width of jumprelu's straight-through windows at the start, scaled units."""
+    init_threshold: float = 1e-2
+    """Threshold of every jumprelu atom at the start, scaled units."""
     seed: int = 0
     """Seed of the random initial factors."""
 
     def __post_init__(self) -> None:
         owner = "WriteSAEConfig"
         require_positive(owner, d_k=self.d_k, d_v=self.d_v, n_atoms=self.n_atoms, k=self.k, rank=self.rank)
+        require_positive(owner, bandwidth=self.bandwidth, init_threshold=self.init_threshold)
+        require_at_least_zero(owner, sparsity=self.sparsity)
         if self.k > self.n_atoms:
             raise ValueError(f"WriteSAEConfig.k must be at most n_atoms={self.n_atoms}, got {self.k}")
         if self.rank > min(self.d_k, self.d_v):
@@ -83,12 +93,16 @@ class WriteSAEConfig(StrictConfig):
         require_one_of(owner, "activation", self.activation, ACTIVATIONS)
         if self.encoder == "tied" and self.decoder == "dense":
             raise ValueError("WriteSAEConfig.encoder 'tied' reads the decoder's factors, and decoder 'dense' has none")
-        object.__setattr__(self, "matryoshka", tuple(self.matryoshka))  # JSON gives lists
         sizes = (0, *self.matryoshka, self.n_atoms + 1)
         if any(small >= large for small, large in zip(sizes, sizes[1:], strict=False)):
             raise ValueError(
                 f"WriteSAEConfig.matryoshka must be rising sizes in 1..{self.n_atoms}, got {self.matryoshka}"
             )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "WriteSAEConfig":
+        """As every config; JSON's lists become tuples."""
+        return super().from_dict({name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     @classmethod
     def preset(cls, name: str, d_k: int, d_v: int, **fields: Any) -> "WriteSAEConfig":
