@@ -144,14 +144,16 @@ def _read_header(path: Path) -> dict[str, Any]:
     for name in ("config", "provenance"):
         if not isinstance(header.get(name), dict):
             raise ValueError(f"{str(path)!r} has no {name!r}: it is not the header of a saved WriteSAE")
+    # JSON has lists only; what a config has several of, it has in a tuple.
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in header["config"].items()}
     if header["format_version"] == 1:
-        return {**header, "config": _VERSION_1 | header["config"]}
+        return {**header, "config": _VERSION_1 | config}
     if silent := [name for name in ORIGIN if name not in header["provenance"]]:
         raise ValueError(f"the provenance in {str(path)!r} says nothing of {', '.join(silent)}")
     layout = header["provenance"]["layout"]
     if layout != LAYOUT:
         raise ValueError(f"{str(path)!r} has layout {layout!r}; a saved WriteSAE is {LAYOUT!r}")
-    return header
+    return {**header, "config": config}
 
 
 def check_tensors(folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
