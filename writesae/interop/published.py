@@ -155,7 +155,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]
         content = read_torch(path)
     except ValueError as error:
         raise ValueError(f"{error}; {_RESAVE}") from None
-    state, outer = content, {}
+    outer: dict[str, Any] = {}
+    state = content
     for name in ("sae", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             outer, state = {**outer, **state}, state[name]
@@ -197,19 +198,20 @@ def _check(path: Path, kind: str, tensors: dict[str, Tensor]) -> None:
 
 def _sizes(path: Path, tensors: dict[str, Tensor], first: int | None, second: int | None) -> tuple[int, int]:
     """Widths of the first and the second axis of their states: from factors, else as told; both must agree."""
-    found = [first, second]
+    widths: dict[int, int | None] = {0: first, 1: second}
     for name, axis in _FACTORS.items():
         if name in tensors:
             width = tensors[name].shape[-1]
-            if found[axis] not in (None, width):
-                raise ValueError(f"{path} has {name} of width {width} where {found[axis]} was told")
-            found[axis] = width
+            if widths[axis] not in (None, width):
+                raise ValueError(f"{path} has {name} of width {width} where {widths[axis]} was told")
+            widths[axis] = width
+    rows, columns = widths[0], widths[1]
     d_in = (tensors["decoder.bias"] if "decoder.bias" in tensors else tensors["bias"]).numel()
-    if None in found:
+    if rows is None or columns is None:
         raise ValueError(f"{path} does not say which matrices its {d_in} numbers are: give d_k and d_v")
-    if found[0] * found[1] != d_in:
-        raise ValueError(f"{path} reads {d_in} numbers, which are no matrices of {found[0]} x {found[1]}")
-    return found[0], found[1]
+    if rows * columns != d_in:
+        raise ValueError(f"{path} reads {d_in} numbers, which are no matrices of {rows} x {columns}")
+    return rows, columns
 
 
 def _our_tensors(tensors: dict[str, Tensor], sizes: tuple[int, int], layout: str) -> dict[str, Tensor]:
