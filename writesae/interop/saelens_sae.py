@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sae_lens import register_sae_class
-from sae_lens.saes.sae import SAE, SAEConfig
+from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
@@ -25,6 +25,8 @@ NAME = "writesae"
 class FactoredSAEConfig(SAEConfig):
     """SAELens's fields, and ours."""
 
+    metadata: Any = field(default_factory=SAEMetadata)
+    """SAELens's record; its `from_dict` hands in a dict first and puts the record there after."""
     writesae: dict[str, Any] = field(default_factory=dict)
     """The fields of the `WriteSAEConfig`."""
     provenance: dict[str, Any] = field(default_factory=dict)
