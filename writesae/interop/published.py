@@ -127,7 +127,7 @@ def load_published(
              "head": config.get("head") if head is None else head, "training": config or None}  # fmt: skip
     sae.provenance.update({name: value for name, value in known.items() if value is not None})
     sae.provenance["published"] = {"file": path.name, "type": kind, "layout": layout, **record}
-    return sae
+    return sae.eval()
 
 
 def convert(source: str | Path, out: str | Path, **told: Any) -> Path:
@@ -172,7 +172,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]
             config = None
     if not isinstance(config or {}, dict):
         raise ValueError(f"{path} has a config that is no dict but a {type(config).__name__}")
-    record = {name: outer[name] for name in ("epoch", "step", "val_mse") if name in outer}
+    record: dict[str, Any] = {name: outer[name] for name in ("epoch", "step", "val_mse") if name in outer}
     return state, _plain(config or {}), _plain(record)
 
 
@@ -265,5 +265,8 @@ def _our_config(
             )
         activation = "batch_topk"
     d_k, d_v = sizes if layout == "key_first" else sizes[::-1]
+    # What training further needs; with an input scale of 1 their units are ours.
+    names = {"lambda_sparsity": "sparsity", "bandwidth": "bandwidth", "init_threshold": "init_threshold"}
+    training = {our: float(config[their]) for their, our in names.items() if config.get(their)}
     told = {"n_atoms": n_atoms, "k": k or n_atoms, "rank": rank, "center": True, "activation": activation}
-    return WriteSAEConfig.preset(kind, d_k, d_v, **told)
+    return WriteSAEConfig.preset(kind, d_k, d_v, **told, **training)

@@ -154,7 +154,7 @@ def from_saelens(sae: Any, *, d_k: int | None = None, d_v: int | None = None) ->
     result.provenance.update({name: value for name, value in told.items() if value is not None})
     result.provenance |= recorded.get("provenance", {})
     result.provenance["sae_lens"] = {"architecture": architecture, "version": metadata.sae_lens_version}
-    return result
+    return result.eval()
 
 
 def _our_config(architecture: str, cfg: Any, d_k: int, d_v: int) -> WriteSAEConfig:

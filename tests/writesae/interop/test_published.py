@@ -158,6 +158,16 @@ def test_batch_topk_files_are_topk_for_one_sample_or_take_a_threshold(tmp_path):
     torch.testing.assert_close(sae.encode_matrix(x).dense(N), scores * (scores > 0.75), rtol=1e-12, atol=1e-12)
 
 
+def test_what_training_further_needs_is_kept(tmp_path):
+    told = {"lambda_sparsity": 1e-5, "bandwidth": 2e-3, "init_threshold": 1e-4}
+    torch.save(
+        {"model_state_dict": state_dict("bilinear_jumprelu"), "config": config("bilinear_jumprelu", **told)},
+        tmp_path / "a",
+    )
+    ours = load_published(tmp_path / "a").config
+    assert (ours.sparsity, ours.bandwidth, ours.init_threshold, ours.k) == (1e-5, 2e-3, 1e-4, N)
+
+
 def test_atoms_keep_their_norms_and_float32_stays_float32(tmp_path):
     file = tmp_path / "sae.pt"
     state = {name: t.float() if t.is_floating_point() else t for name, t in state_dict("bilinear").items()}

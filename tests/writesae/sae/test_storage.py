@@ -96,6 +96,8 @@ def test_version_1_is_read(folder, without):
     for name in without:
         del header["config"][name]
     path.write_text(json.dumps(header))
+    config = storage.read_folder(folder)[1]["config"]  # said, not left to today's defaults
+    assert (config["encoder"], config["decoder"], config["activation"]) == ("bilinear", "outer_product", "topk")
     loaded = WriteSAE.load(folder)
     assert loaded.config == expected.config
     assert loaded.provenance == {"model": "tiny", "layer": 1, "head": 2, "layout": "key_first"}
