@@ -248,7 +248,7 @@ def test_saelens_trains_on_our_model_by_hook_name(model, text, tmp_path):
     assert (origin["model"], origin["hook"], origin["head"]) == ("tiny-gated-deltanet", hook, 2)
     assert (sae.config.d_k, sae.config.d_v, sae.config.k) == (32, 1, 8)
     tokens = model.to_tokens(standard_library("heldout")[0].text)[:, :512]
-    x = model.run_with_cache(tokens, names_filter=[hook])[1][hook][0, 1:, 2]
+    x = model.run_with_cache(tokens, names_filter=[hook])[1][hook][0, 1:, 2].detach()
     close_enough = {"rtol": 1e-4, "atol": 1e-4}  # their float32 and ours, sums of 32
     torch.testing.assert_close(sae.encode_matrix(x[..., None]).dense(128), trained.encode(x), **close_enough)
     assert explained(sae, x) > 0.5
