@@ -1,0 +1,322 @@
+"""|M|^2 of M = sum_i c_i l_i r_i^T, where most terms are chosen rows of a dictionary: the squared error of reconstructions.
+
+    |M|^2 = c^T G c        G_ij = (l_i . l_j)(r_i . r_j)
+    d|M|^2/dc = 2 G c      d|M|^2/dl_i = 2 c_i sum_j c_j (r_i . r_j) l_j      d|M|^2/dr_i = 2 c_i sum_j c_j (l_i . l_j) r_j
+
+The terms of a sample are its chosen rows, then extra ones of its own: the write itself with the coefficient 1, while atoms have
+-a_i. Several levels of coefficients, such as the prefixes of a Matryoshka dictionary, share the Gram matrices.
+
+Forward, a program holds a block of G, tile by tile, and leaves G c, one number per term, which is half of the coefficients'
+gradient. Backward, one program per row of the dictionary goes through the pairs (sample, place) that chose the row. l_i and r_i
+are then its own, loaded once; the other terms of each sample pass by in tiles, are multiplied with the own row and added up.
+Nothing of size [batch, term, d] is left in memory, nor a Gram matrix, and the order of the sum is always the same.
+"""
+
+from collections.abc import Iterator
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_recurrent.scan.kernels.layout import Launch, Precision, block_of, recorded, scratch
+from hooked_recurrent.scan.kernels.variants import Case, Variant, register
+from writesae.sae.kernels import WIDEST
+from writesae.sae.kernels.rows import (
+    TERMS,
+    check,
+    launched,
+    load_rows,
+    load_vector,
+    meta,
+    no_second_derivative,
+    sorted_pairs,
+)
+
+
+@triton.jit
+@no_type_check
+def load_terms(table, extra, indices, sample, places, terms, extras, columns, width):
+    """Factors of a sample's terms, chosen rows first and then its own; zero where there is no term."""
+    chosen, own = places < terms, (places >= terms) & (places < terms + extras)
+    rows = tl.load(indices + sample * terms + places, mask=chosen, other=0)
+    tile = load_rows(table, rows, chosen, columns, width)
+    return tile + load_rows(extra + sample * extras * width, places - terms, own, columns, width)
+
+
+@triton.jit
+@no_type_check
+def gram(
+    table, extra, indices, sample, mine, others, terms, extras, width, BD: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Inner products of two blocks of a sample's terms."""
+    product = tl.zeros([mine.shape[0], others.shape[0]], tl.float32)
+    for begin in range(0, width, BD):
+        columns = begin + tl.arange(0, BD)
+        left = load_terms(table, extra, indices, sample, mine, terms, extras, columns, width)
+        right = load_terms(table, extra, indices, sample, others, terms, extras, columns, width)
+        product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+@no_type_check
+def gram_applied_kernel(
+    coefficients, key_atoms, value_atoms, indices, extra_key, extra_value, applied,
+    levels, terms, extras, d_k, d_v,
+    BL: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G c [sample, level, term]. One program per sample and block of terms."""
+    sample = tl.program_id(0).to(tl.int64)
+    every = terms + extras
+    mine = tl.program_id(1) * BT + tl.arange(0, BT)
+    level = tl.arange(0, BL)
+    first = (sample * levels + level)[:, None] * every
+    total = tl.zeros([BL, BT], tl.float32)
+    for begin in range(0, every, BT):
+        others = begin + tl.arange(0, BT)
+        product = gram(key_atoms, extra_key, indices, sample, mine, others, terms, extras, d_k, BK, PRECISION)
+        product *= gram(value_atoms, extra_value, indices, sample, mine, others, terms, extras, d_v, BV, PRECISION)
+        mask = (level < levels)[:, None] & (others < every)[None, :]
+        weight = tl.load(coefficients + first + others[None, :], mask=mask, other=0.0)
+        total += tl.sum(product[None, :, :] * weight[:, None, :], axis=2)
+    mask = (level < levels)[:, None] & (mine < every)[None, :]
+    tl.store(applied + first + mine[None, :], total, mask=mask)
+
+
+@triton.jit
+@no_type_check
+def rows_gradient_kernel(
+    gradient, coefficients, key_atoms, value_atoms, indices, extra_key, extra_value, order, offsets,
+    key_gradient, value_gradient, levels, terms, extras, d_k, d_v,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of a row [row, d_k], [row, d_v]. One program per row of the tables; without `offsets` per extra term."""
+    row = tl.program_id(0).to(tl.int64)
+    every = terms + extras
+    k, v = tl.arange(0, BK), tl.arange(0, BV)
+    if offsets is not None:
+        first, last = tl.load(offsets + row), tl.load(offsets + row + 1)
+        own_key = load_vector(key_atoms + row * d_k, k, d_k)
+        own_value = load_vector(value_atoms + row * d_v, v, d_v)
+    else:
+        first, last = row, row + 1
+        own_key = load_vector(extra_key + row * d_k, k, d_k)
+        own_value = load_vector(extra_value + row * d_v, v, d_v)
+    key_sum, value_sum = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BV], tl.float32)
+    for place in range(first, last):
+        if offsets is not None:
+            pair = tl.load(order + place)
+            sample, own = pair // terms, pair % terms
+        else:
+            sample, own = row // extras, terms + row % extras
+        for begin in range(0, every, BT):
+            others = begin + tl.arange(0, BT)
+            weight = tl.zeros([BT], tl.float32)
+            for level in range(0, levels):
+                at = coefficients + (sample * levels + level) * every
+                scale = 2.0 * tl.load(gradient + sample * levels + level) * tl.load(at + own)
+                weight += scale * tl.load(at + others, mask=others < every, other=0.0)
+            keys = load_terms(key_atoms, extra_key, indices, sample, others, terms, extras, k, d_k)
+            values = load_terms(value_atoms, extra_value, indices, sample, others, terms, extras, v, d_v)
+            key_sum += keys * (weight * tl.sum(values * own_value[None, :], axis=1))[:, None]
+            value_sum += values * (weight * tl.sum(keys * own_key[None, :], axis=1))[:, None]
+    tl.store(key_gradient + row * d_k + k, tl.sum(key_sum, axis=0), mask=k < d_k)
+    tl.store(value_gradient + row * d_v + v, tl.sum(value_sum, axis=0), mask=v < d_v)
+
+
+def gram_applied(
+    coefficients: Float[Tensor, "batch level every"],
+    key_atoms: Float[Tensor, "row d_k"],
+    value_atoms: Float[Tensor, "row d_v"],
+    indices: Int[Tensor, "batch term"],
+    extra_key: Float[Tensor, "batch extra d_k"],
+    extra_value: Float[Tensor, "batch extra d_v"],
+) -> Float[Tensor, "batch level every"]:
+    """G c of every sample and level, in float32. The tensors are contiguous."""
+    batch, levels, every = coefficients.shape
+    applied = scratch(batch, levels, every, like=coefficients)
+    # 33 terms, the usual number, fill three blocks of 16 better than two of 32.
+    block = 16 if every <= 48 else 32
+    tensors = (key_atoms, value_atoms, extra_key, extra_value)
+    widest = torch.float32 if any(one.dtype == torch.float32 for one in tensors) else key_atoms.dtype
+    arguments = {
+        "coefficients": coefficients,
+        "key_atoms": key_atoms,
+        "value_atoms": value_atoms,
+        "indices": indices,
+        "extra_key": extra_key,
+        "extra_value": extra_value,
+        "applied": applied,
+        "levels": levels,
+        "terms": indices.shape[1],
+        "extras": extra_key.shape[1],
+        "d_k": key_atoms.shape[1],
+        "d_v": value_atoms.shape[1],
+        "BL": triton.next_power_of_2(levels),
+        "BT": block,
+        "BK": block_of(key_atoms.shape[1], 32),
+        "BV": block_of(value_atoms.shape[1], 32),
+        # Numbers of 16 bits are exact in TF32.
+        "PRECISION": Precision.of(widest).fast,
+    }
+    Launch(gram_applied_kernel, (batch, triton.cdiv(every, block)), arguments, 2 if block == 16 else 4).run()
+    return applied
+
+
+def rows_gradient(
+    gradient: Float[Tensor, "batch level"],
+    coefficients: Float[Tensor, "batch level every"],
+    key_atoms: Float[Tensor, "row d_k"],
+    value_atoms: Float[Tensor, "row d_v"],
+    indices: Int[Tensor, "batch term"],
+    extra_key: Float[Tensor, "batch extra d_k"],
+    extra_value: Float[Tensor, "batch extra d_v"],
+    pairs: tuple[Tensor, Tensor] | None,
+) -> tuple[Float[Tensor, "own d_k"], Float[Tensor, "own d_v"]]:
+    """The gradients of the tables' rows, or without `pairs` those of the extra terms [batch * extra, d], in float32.
+
+    The tensors are contiguous; `pairs` are the indices' `sorted_pairs`.
+    """
+    d_k, d_v, extras = key_atoms.shape[1], value_atoms.shape[1], extra_key.shape[1]
+    own = len(key_atoms) if pairs is not None else len(indices) * extras
+    key_gradient, value_gradient = scratch(own, d_k, like=key_atoms), scratch(own, d_v, like=value_atoms)
+    key_block, value_block = block_of(d_k, WIDEST), block_of(d_v, WIDEST)
+    # Two tiles and two sums of BT rows stay in registers; fewer rows are taken of wide ones.
+    rows = max(1, min(16, 4096 // (key_block + value_block)))
+    order, offsets = (None, None) if pairs is None else pairs
+    arguments = {
+        "gradient": gradient,
+        "coefficients": coefficients,
+        "key_atoms": key_atoms,
+        "value_atoms": value_atoms,
+        "indices": indices,
+        "extra_key": extra_key,
+        "extra_value": extra_value,
+        "order": order,
+        "offsets": offsets,
+        "key_gradient": key_gradient,
+        "value_gradient": value_gradient,
+        "levels": coefficients.shape[1],
+        "terms": indices.shape[1],
+        "extras": extras,
+        "d_k": d_k,
+        "d_v": d_v,
+        "BT": rows,
+        "BK": key_block,
+        "BV": value_block,
+    }
+    Launch(rows_gradient_kernel, (own,), arguments).run()
+    return key_gradient, value_gradient
+
+
+@torch.library.custom_op("writesae::squared_norm", mutates_args=())
+def squared_norm(
+    coefficients: Tensor,
+    key_atoms: Tensor,
+    value_atoms: Tensor,
+    indices: Tensor,
+    extra_key: Tensor,
+    extra_value: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """|M|^2 [batch, level], and G c [batch, level, term + extra], which is kept for the gradient and has none of its own."""
+    inputs = (coefficients, key_atoms, value_atoms, indices, extra_key, extra_value)
+    given = [tensor.contiguous() for tensor in inputs]
+    applied = gram_applied(*given)
+    return (given[0] * applied).sum(-1), applied
+
+
+@squared_norm.register_fake
+def _(coefficients, key_atoms, value_atoms, indices, extra_key, extra_value):
+    return coefficients.new_empty(coefficients.shape[:2]), coefficients.new_empty(coefficients.shape)
+
+
+@torch.library.custom_op("writesae::squared_norm_gradient", mutates_args=())
+def squared_norm_gradient(
+    gradient: Tensor,
+    coefficients: Tensor,
+    key_atoms: Tensor,
+    value_atoms: Tensor,
+    indices: Tensor,
+    extra_key: Tensor,
+    extra_value: Tensor,
+    of_extra: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both tables, or those of the extra terms."""
+    inputs = (gradient, coefficients, key_atoms, value_atoms, indices, extra_key, extra_value)
+    pairs = None if of_extra else sorted_pairs(indices, len(key_atoms))
+    key_gradient, value_gradient = rows_gradient(*(tensor.contiguous() for tensor in inputs), pairs)
+    key, value = (extra_key, extra_value) if of_extra else (key_atoms, value_atoms)
+    return key_gradient.view(key.shape).to(key.dtype), value_gradient.view(value.shape).to(value.dtype)
+
+
+@squared_norm_gradient.register_fake
+def _(gradient, coefficients, key_atoms, value_atoms, indices, extra_key, extra_value, of_extra):
+    key, value = (extra_key, extra_value) if of_extra else (key_atoms, value_atoms)
+    return key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx: Any, gradient: Tensor, applied_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, applied = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    atoms = squared_norm_gradient(gradient, *inputs, False) if needed[1] or needed[2] else (None, None)
+    extra = squared_norm_gradient(gradient, *inputs, True) if needed[4] or needed[5] else (None, None)
+    return 2 * gradient[..., None] * applied if needed[0] else None, *atoms, None, *extra
+
+
+squared_norm.register_autograd(_backward, setup_context=_keep)
+squared_norm_gradient.register_autograd(no_second_derivative("squared_norm_at"))
+
+
+def squared_norm_at(
+    coefficients: Float[Tensor, "batch level term"],
+    key_atoms: Float[Tensor, "row d_k"],
+    value_atoms: Float[Tensor, "row d_v"],
+    indices: Int[Tensor, "batch term"],
+    extra_key: Float[Tensor, "batch extra d_k"],
+    extra_value: Float[Tensor, "batch extra d_v"],
+    extra_coefficients: Float[Tensor, "batch level extra"],
+) -> Float[Tensor, "batch level"]:
+    """|sum_i c_i v_i w_i^T + sum_m x_m key_m value_m^T|^2 of every sample and level, in float32; differentiable once.
+
+    Args:
+        coefficients: of the chosen rows, -a_i for a residual; one set per level.
+        key_atoms, value_atoms: the factors of all rows, float32 or narrower.
+        indices: which rows; a row may be chosen twice, and must exist.
+        extra_key, extra_value: factors of the sample's own terms, of which there may be none.
+        extra_coefficients: of those, 1 for the write of a residual.
+
+    Raises:
+        ValueError: for widths, devices or dtypes that the kernels cannot take.
+    """
+    check(indices, (key_atoms, extra_key), (value_atoms, extra_value), widest=WIDEST)
+    every = torch.cat([coefficients.float(), extra_coefficients.float()], dim=2)
+    return squared_norm(every, key_atoms, value_atoms, indices, extra_key, extra_value)[0]
+
+
+@register
+def variants(case: Case) -> Iterator[Variant]:
+    """Both kernels on writes with 8, 32 or 64 atoms, one level or three, and the gradient of the writes."""
+    batch, rows = 256, 2048
+    for terms in TERMS:
+        for levels in (1, 3):
+            tensors = (
+                meta(batch, levels, terms + 1),
+                meta(rows, case.d_k, dtype=case.dtype),
+                meta(rows, case.d_v, dtype=case.dtype),
+                meta(batch, terms, dtype=torch.int64),
+                meta(batch, 1, case.d_k, dtype=case.dtype),
+                meta(batch, 1, case.d_v, dtype=case.dtype),
+            )
+            pairs = (meta(batch * terms, dtype=torch.int64), meta(rows + 1, dtype=torch.int64))
+            with recorded(case.backend) as launches:
+                gram_applied(*tensors)
+                rows_gradient(meta(batch, levels), *tensors, pairs)
+                rows_gradient(meta(batch, levels), *tensors, None)
+            yield from launched(f"squared norm, {terms} terms", case, launches)
