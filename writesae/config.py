@@ -1,18 +1,28 @@
 """What a WriteSAE is and how it is trained: frozen dataclasses, a sentence per field, unknown keys refused.
 
 The variant is written down (`encoder`, `decoder`, `activation`) and saved with the weights, so that a loader never has
-to guess it from tensor names. Each has one value so far; a new one adds its name to the tuple and a class beside the
-others in `writesae.sae`.
+to guess it from tensor names. A new one adds its name to the tuple here and a class beside the others in `writesae.sae`.
 """
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from hooked_recurrent.config import StrictConfig, require_positive
 
-ENCODERS = ("bilinear",)
-DECODERS = ("outer_product",)
-ACTIVATIONS = ("topk",)
+ENCODERS = ("bilinear", "tied", "linear")
+DECODERS = ("outer_product", "dense")
+ACTIVATIONS = ("topk", "batch_topk", "jumprelu", "gated", "soft_gated")
+PRESETS = {
+    "flat": ("linear", "dense", "topk"),
+    "rank1": ("linear", "outer_product", "topk"),
+    "bilinear": ("bilinear", "outer_product", "topk"),
+    "bilinear_tied": ("tied", "outer_product", "topk"),
+    "bilinear_flat": ("bilinear", "dense", "topk"),
+    "bilinear_gated": ("bilinear", "outer_product", "soft_gated"),
+    "bilinear_jumprelu": ("bilinear", "outer_product", "jumprelu"),
+}
+"""The paper's variants by the names of its code: (encoder, decoder, activation)."""
 
 
 def require_one_of(owner: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -47,11 +57,16 @@ class WriteSAEConfig(StrictConfig):
     center: bool = False
     """Whether a constant mean matrix is stored and added to every reconstruction."""
     encoder: str = "bilinear"
-    """"bilinear": z_i = sum_r (p_ir . key)(r_ir . value) + c_i, its factors untied from the decoder's."""
+    """"bilinear": z_i = sum_r p_ir^T X r_ir + c_i, factors untied from the decoder's; "tied": the decoder's own factors;
+    "linear": z_i = <E_i, X> + c_i with a whole matrix per atom."""
     decoder: str = "outer_product"
-    """"outer_product": A_i = sum_r v_ir w_ir^T, kept as factors."""
+    """"outer_product": A_i = sum_r v_ir w_ir^T, kept as factors; "dense": a whole matrix per atom."""
     activation: str = "topk"
-    """"topk": the k largest signed pre-activations, then ReLU, so at most k atoms are active."""
+    """"topk", "batch_topk" (with a learned threshold for inference), "jumprelu", "gated" (hard gate) or "soft_gated" (the
+    paper's); see writesae/sae/activations.py."""
+    matryoshka: tuple[int, ...] = ()
+    """Prefix sizes, rising: the first m atoms alone must rebuild the input too, for every m listed (Bussmann et al. 2025,
+    arXiv:2503.17547). The whole dictionary always counts and need not be listed."""
     seed: int = 0
     """Seed of the random initial factors."""
 
@@ -66,6 +81,24 @@ class WriteSAEConfig(StrictConfig):
         require_one_of(owner, "encoder", self.encoder, ENCODERS)
         require_one_of(owner, "decoder", self.decoder, DECODERS)
         require_one_of(owner, "activation", self.activation, ACTIVATIONS)
+        if self.encoder == "tied" and self.decoder == "dense":
+            raise ValueError("WriteSAEConfig.encoder 'tied' reads the decoder's factors, and decoder 'dense' has none")
+        object.__setattr__(self, "matryoshka", tuple(self.matryoshka))  # JSON gives lists
+        sizes = (0, *self.matryoshka, self.n_atoms + 1)
+        if any(small >= large for small, large in zip(sizes, sizes[1:], strict=False)):
+            raise ValueError(
+                f"WriteSAEConfig.matryoshka must be rising sizes in 1..{self.n_atoms}, got {self.matryoshka}"
+            )
+
+    @classmethod
+    def preset(cls, name: str, d_k: int, d_v: int, **fields: Any) -> "WriteSAEConfig":
+        """One of the paper's variants (`PRESETS`) at these widths; other fields as given.
+
+        Raises `ValueError` for an unknown preset, with the nearest one.
+        """
+        require_one_of("WriteSAEConfig", "preset", name, tuple(PRESETS))
+        encoder, decoder, activation = PRESETS[name]
+        return cls(d_k, d_v, **{"encoder": encoder, "decoder": decoder, "activation": activation, **fields})
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_GRAM_ADVANTAGE = 4  # how many times the matrix's own multiplications the Gram matrices may take before they lose
+
 
 class _SquaredNormOfSum(torch.autograd.Function):
-    """Equation (1) and its three derivatives."""
+    """Equation (1) and its three derivatives, for several lists of coefficients over the same outer products."""
 
     @staticmethod
     def forward(ctx, coefficients, left, right):
         left_gram = left @ left.transpose(1, 2)
         right_gram = right @ right.transpose(1, 2)
-        # A batched matrix-vector product is slow on the CPU; the same as an elementwise product and a sum is not.
-        applied = (left_gram * right_gram * coefficients[:, None, :]).sum(-1)
+        gram = left_gram * right_gram
+        if coefficients.shape[1] == 1:
+            # A batched matrix-vector product is slow on the CPU; the same as an elementwise product and a sum is not.
+            applied = (gram * coefficients).sum(-1)[:, None]
+        else:
+            applied = coefficients @ gram
         ctx.save_for_backward(coefficients, left, right, left_gram, right_gram, applied)
         return (coefficients * applied).sum(-1)
 
@@ -47,19 +53,29 @@ class _SquaredNormOfSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         coefficients, left, right, left_gram, right_gram, applied = ctx.saved_tensors
-        scaled = 2 * grad[:, None] * coefficients
-        pairs = scaled[:, :, None] * coefficients[:, None, :]
+        scaled = 2 * grad[..., None] * coefficients
+        if coefficients.shape[1] == 1:
+            pairs = scaled.transpose(1, 2) * coefficients
+        else:
+            pairs = scaled.transpose(1, 2) @ coefficients
         grad_left = (pairs * right_gram) @ left if ctx.needs_input_grad[1] else None
         grad_right = (pairs * left_gram) @ right if ctx.needs_input_grad[2] else None
-        return 2 * grad[:, None] * applied, grad_left, grad_right
+        return 2 * grad[..., None] * applied, grad_left, grad_right
 
 
 def squared_norm_of_sum(
-    coefficients: Float[Tensor, "batch term"],
+    coefficients: Float[Tensor, "batch level term"],
     left: Float[Tensor, "batch term d_k"],
     right: Float[Tensor, "batch term d_v"],
-) -> Float[Tensor, " batch"]:
-    """|sum_i c_i l_i r_i^T|^2 of every sample, by equation (1); differentiable once in all three arguments."""
+) -> Float[Tensor, "batch level"]:
+    """|sum_i c_i l_i r_i^T|^2 of every sample and level of coefficients; differentiable once in all three arguments.
+
+    By equation (1), unless there are so many terms that the matrix itself is the cheaper way.
+    """
+    term, d_k, d_v = left.shape[1], left.shape[2], right.shape[2]
+    if term * (d_k + d_v) > _GRAM_ADVANTAGE * d_k * d_v:
+        levels = [(left * level[..., None]).transpose(1, 2) @ right for level in coefficients.unbind(1)]
+        return torch.stack([matrix.square().sum((1, 2)) for matrix in levels], dim=1)
     return _SquaredNormOfSum.apply(coefficients, left, right)
 
 

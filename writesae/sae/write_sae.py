@@ -156,7 +156,7 @@ class WriteSAE(nn.Module):
         """Reconstruction loss of the writes key value^T at factor cost, forward and backward."""
         key, value = self._checked_factors(key, value)
         codes, projections, residual = self._take_apart(key, value)
-        squared = squared_norm_of_sum(residual.coefficients, residual.left, residual.right)
+        squared = squared_norm_of_sum(residual.coefficients[:, None], residual.left, residual.right).squeeze(1)
         if self.mean is not None:
             # |R - M|^2 = |R|^2 - 2 <R, M> + |M|^2, and <R, M> = k^T M v - sum_i a_i <A_i, M>: one more inner product.
             of_atoms = self.decoder.inner_with_matrix(self.mean)[codes.indices]
@@ -233,7 +233,7 @@ class WriteSAE(nn.Module):
         inner = (atoms * inner_with_sum(left, right, torch.ones_like(key[:, :1]), key[:, None], value[:, None])).sum()
         if self.mean is not None:
             inner = inner - (codes.values * self.decoder.inner_with_matrix(self.mean)[codes.indices]).sum()
-        squared = squared_norm_of_sum(atoms, left, right).sum()
+        squared = squared_norm_of_sum(atoms[:, None], left, right).sum()
         return inner / squared.clamp_min(torch.finfo(squared.dtype).tiny)
 
     # --- inside ------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def auxiliary_loss(
     coefficients = sae.decoder.per_term(values)
     left_over = residual.coefficients.detach(), residual.left.detach(), residual.right.detach()
     inner = inner_with_sum(key_rows, value_rows, *left_over)
-    rebuilt = squared_norm_of_sum(coefficients, key_rows, value_rows) - 2 * (coefficients * inner).sum(-1)
+    rebuilt = squared_norm_of_sum(coefficients[:, None], key_rows, value_rows).squeeze(1) - 2 * (coefficients * inner).sum(-1)
     if sae.mean is not None:
         of_atoms = sae.decoder.inner_with_matrix(sae.mean)[indices]
         rebuilt = rebuilt + 2 * (values * of_atoms).sum(-1)
