@@ -51,7 +51,8 @@ def projections_gradient(
     given = ((by_key_gradient, key_factors, key), (by_value_gradient, value_factors, value))
     indices = indices.contiguous()
     if of_factors:
-        pairs = sorted_pairs(indices, len(key_factors))
+        # A pair of an inactive atom has no gradient at all: d(score) is zero, and so are both products with it.
+        pairs = sorted_pairs(indices, len(key_factors), (by_key_gradient != 0) | (by_value_gradient != 0))
         of_key, of_value = (
             sum_by_row(weights.contiguous(), vectors.contiguous(), *pairs).to(table.dtype)
             for weights, table, vectors in given

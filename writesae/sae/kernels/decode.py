@@ -18,7 +18,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_recurrent.scan.kernels.layout import Launch, Precision, block_of, recorded, scratch
+from hooked_recurrent.scan.kernels.layout import Launch, block_of, recorded, scratch
 from hooked_recurrent.scan.kernels.variants import Case, Variant, register
 from writesae.sae.kernels import WIDEST
 from writesae.sae.kernels.reference import per_term
@@ -31,6 +31,7 @@ from writesae.sae.kernels.rows import (
     load_vector,
     meta,
     no_second_derivative,
+    precision_of,
     sorted_pairs,
     sum_by_row,
 )
@@ -117,7 +118,7 @@ def outer(
     key_block, value_block = block_of(d_k, 64), block_of(d_v, 64)
     arguments = dict(weights=weights, key_atoms=key_atoms, value_atoms=value_atoms, indices=indices, out=out)
     arguments |= dict(terms=terms, d_k=d_k, d_v=d_v, BT=block_of(terms, 32), BK=key_block, BV=value_block)
-    arguments |= dict(PRECISION=_precision(key_atoms, value_atoms))
+    arguments |= dict(PRECISION=precision_of(key_atoms, value_atoms).fast)
     Launch(outer_kernel, (batch, triton.cdiv(d_k, key_block), triton.cdiv(d_v, value_block)), arguments).run()
     return out
 
@@ -133,7 +134,7 @@ def between(
     out, block = scratch(batch, terms, like=matrices), block_of(terms, 32)
     arguments = dict(matrices=matrices, key_atoms=key_atoms, value_atoms=value_atoms, indices=indices, out=out)
     arguments |= dict(terms=terms, d_k=d_k, d_v=d_v, BT=block, BK=block_of(d_k, 32), BV=block_of(d_v, 32))
-    arguments |= dict(PRECISION=_precision(matrices, key_atoms, value_atoms))
+    arguments |= dict(PRECISION=precision_of(key_atoms, value_atoms).fast)
     Launch(between_kernel, (batch, triton.cdiv(terms, block)), arguments).run()
     return out
 
@@ -157,12 +158,6 @@ def atoms_gradient(
     return key_gradient, value_gradient
 
 
-def _precision(*tensors: Tensor) -> str:
-    """How products of these are taken: as float32 would if one is, else in TF32."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    return Precision.of(torch.float32 if torch.float32 in dtypes else dtypes.pop()).fast
-
-
 @torch.library.custom_op("writesae::decode", mutates_args=())
 def decode(weights: Tensor, key_atoms: Tensor, value_atoms: Tensor, indices: Tensor) -> Tensor:
     """sum_j weights[b, j] v_j w_j^T [batch, d_k, d_v], in float32."""
@@ -180,10 +175,11 @@ def decode_gradient(
     gradient: Tensor, weights: Tensor, key_atoms: Tensor, value_atoms: Tensor, indices: Tensor, of_atoms: bool
 ) -> list[Tensor]:
     """The gradients of both tables, or that of the weights."""
-    given = [tensor.contiguous() for tensor in (gradient, weights, key_atoms, value_atoms)]
+    gradient, tables = gradient.contiguous(), (key_atoms.contiguous(), value_atoms.contiguous())
     if not of_atoms:
-        return [between(given[0], *given[2:], indices.contiguous()).to(weights.dtype)]
-    of_key, of_value = atoms_gradient(*given, *sorted_pairs(indices, len(key_atoms)))
+        return [between(gradient, tables[0], tables[1], indices.contiguous()).to(weights.dtype)]
+    order, offsets = sorted_pairs(indices, len(key_atoms), weights != 0)
+    of_key, of_value = atoms_gradient(gradient, weights.contiguous(), tables[0], tables[1], order, offsets)
     return [of_key.to(key_atoms.dtype), of_value.to(value_atoms.dtype)]
 
 
@@ -209,7 +205,7 @@ def decode_dense_gradient(gradient: Tensor, weights: Tensor, atoms: Tensor, indi
     gradient = gradient.contiguous()
     if not of_atoms:
         return inner_of_rows(atoms.contiguous(), gradient, indices.contiguous()).to(weights.dtype)
-    return sum_by_row(weights.contiguous(), gradient, *sorted_pairs(indices, len(atoms))).to(atoms.dtype)
+    return sum_by_row(weights.contiguous(), gradient, *sorted_pairs(indices, len(atoms), weights != 0)).to(atoms.dtype)
 
 
 @decode_dense_gradient.register_fake

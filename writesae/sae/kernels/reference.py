@@ -23,7 +23,7 @@ def squared_norm_at(
     every = torch.cat([coefficients, extra_coefficients], dim=2)
     left = torch.cat([key_atoms[indices], extra_key], dim=1)
     right = torch.cat([value_atoms[indices], extra_value], dim=1)
-    return torch.stack([squared_norm_of_sum(level, left, right) for level in every.unbind(1)], dim=1)
+    return squared_norm_of_sum(every, left, right)
 
 
 def bilinear_at(

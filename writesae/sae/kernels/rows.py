@@ -13,11 +13,11 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_recurrent.scan.kernels.device import runs_on
-from hooked_recurrent.scan.kernels.layout import Launch, block_of, recorded, scratch
+from hooked_recurrent.scan.kernels.layout import Launch, Precision, block_of, recorded, scratch
 from hooked_recurrent.scan.kernels.variants import DTYPES as NAMED_DTYPES
 from hooked_recurrent.scan.kernels.variants import Case, Variant, register, variants_of
 from writesae.sae.kernels import refusal
@@ -86,13 +86,16 @@ def bag_kernel(source, weights, indices, order, offsets, out, terms, width, BP: 
     tl.store(out + bag * width + columns, tl.sum(total, axis=0), mask=columns < width)
 
 
-def sorted_pairs(indices: Int[Tensor, "batch term"], n_rows: int) -> tuple[Int[Tensor, " pair"], Int[Tensor, " bound"]]:
-    """The numbers of the pairs sorted by row, and where each row's pairs begin, with their count at the end.
+def sorted_pairs(
+    indices: Int[Tensor, "batch term"], n_rows: int, active: Bool[Tensor, "batch term"]
+) -> tuple[Int[Tensor, " pair"], Int[Tensor, " bound"]]:
+    """The numbers of the pairs sorted by row, and where each row's pairs begin, with the end of the last row's.
 
-    Unlike `factored.pairs_by_row` it asks the GPU for nothing, so that the host runs ahead.
+    Pairs that are not active stand at the end and in no row: padding of short codes would make one row's program wait for all
+    others. Unlike `factored.pairs_by_row` this asks the GPU for nothing, so that the host runs ahead.
     """
-    rows, order = indices.reshape(-1).sort(stable=True)
-    return order, torch.searchsorted(rows, torch.arange(n_rows + 1, device=indices.device))
+    rows, order = indices.where(active, n_rows).reshape(-1).sort(stable=True)
+    return order, torch.searchsorted(rows, torch.arange(n_rows + 1, dtype=rows.dtype, device=rows.device))
 
 
 def inner_of_rows(
@@ -168,6 +171,11 @@ def check(indices: Tensor, *pairs: tuple[Tensor, Tensor], widest: int | None = N
         raise ValueError(f"the kernels need all tensors on one device, got {' and '.join(devices)}")
     if not runs_on(indices.device):
         raise ValueError(f"the kernels run on a GPU, not on {indices.device}: take the functions of reference.py there")
+
+
+def precision_of(*tensors: Tensor) -> Precision:
+    """How products of these are taken: as float32 would if one is float32."""
+    return Precision.of(torch.float32 if any(one.dtype == torch.float32 for one in tensors) else tensors[0].dtype)
 
 
 def no_second_derivative(name: str) -> object:

@@ -21,7 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_recurrent.scan.kernels.layout import Launch, Precision, block_of, recorded, scratch
+from hooked_recurrent.scan.kernels.layout import Launch, block_of, recorded, scratch
 from hooked_recurrent.scan.kernels.variants import Case, Variant, register
 from writesae.sae.kernels import WIDEST
 from writesae.sae.kernels.rows import (
@@ -32,6 +32,7 @@ from writesae.sae.kernels.rows import (
     load_vector,
     meta,
     no_second_derivative,
+    precision_of,
     sorted_pairs,
 )
 
@@ -140,8 +141,8 @@ def gram_applied(
     applied = scratch(batch, levels, every, like=coefficients)
     # 33 terms, the usual number, fill three blocks of 16 better than two of 32.
     block = 16 if every <= 48 else 32
-    tensors = (key_atoms, value_atoms, extra_key, extra_value)
-    widest = torch.float32 if any(one.dtype == torch.float32 for one in tensors) else key_atoms.dtype
+    # Numbers of 16 bits are exact in TF32.
+    precision = precision_of(key_atoms, value_atoms, extra_key, extra_value)
     arguments = {
         "coefficients": coefficients,
         "key_atoms": key_atoms,
@@ -157,12 +158,11 @@ def gram_applied(
         "d_v": value_atoms.shape[1],
         "BL": triton.next_power_of_2(levels),
         "BT": block,
-        "BK": block_of(key_atoms.shape[1], 32),
-        "BV": block_of(value_atoms.shape[1], 32),
-        # Numbers of 16 bits are exact in TF32.
-        "PRECISION": Precision.of(widest).fast,
+        "BK": block_of(key_atoms.shape[1], precision.block // 2),
+        "BV": block_of(value_atoms.shape[1], precision.block // 2),
+        "PRECISION": precision.fast,
     }
-    Launch(gram_applied_kernel, (batch, triton.cdiv(every, block)), arguments, 2 if block == 16 else 4).run()
+    Launch(gram_applied_kernel, (batch, triton.cdiv(every, block)), arguments, 1 if block == 16 else 4).run()
     return applied
 
 
@@ -245,9 +245,20 @@ def squared_norm_gradient(
     of_extra: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of both tables, or those of the extra terms."""
-    inputs = (gradient, coefficients, key_atoms, value_atoms, indices, extra_key, extra_value)
-    pairs = None if of_extra else sorted_pairs(indices, len(key_atoms))
-    key_gradient, value_gradient = rows_gradient(*(tensor.contiguous() for tensor in inputs), pairs)
+    pairs = None
+    if not of_extra:
+        active = (coefficients[:, :, : indices.shape[1]] != 0).any(1)
+        pairs = sorted_pairs(indices, len(key_atoms), active)
+    key_gradient, value_gradient = rows_gradient(
+        gradient.contiguous(),
+        coefficients.contiguous(),
+        key_atoms.contiguous(),
+        value_atoms.contiguous(),
+        indices.contiguous(),
+        extra_key.contiguous(),
+        extra_value.contiguous(),
+        pairs,
+    )
     key, value = (extra_key, extra_value) if of_extra else (key_atoms, value_atoms)
     return key_gradient.view(key.shape).to(key.dtype), value_gradient.view(value.shape).to(value.dtype)
 
