@@ -39,25 +39,28 @@ from writesae.sae.kernels.rows import (
 
 @triton.jit
 @no_type_check
-def load_terms(table, extra, indices, sample, places, terms, extras, columns, width):
-    """Factors of a sample's terms, chosen rows first and then its own; zero where there is no term."""
+def terms_at(indices, sample, places, terms, extras):
+    """Where a sample's terms are: which places are chosen rows, these rows, which are its own, and their rows."""
     chosen, own = places < terms, (places >= terms) & (places < terms + extras)
     rows = tl.load(indices + sample * terms + places, mask=chosen, other=0)
-    tile = load_rows(table, rows, chosen, columns, width)
-    return tile + load_rows(extra + sample * extras * width, places - terms, own, columns, width)
+    return chosen, rows, own, sample * extras + places - terms
 
 
 @triton.jit
 @no_type_check
-def gram(
-    table, extra, indices, sample, mine, others, terms, extras, width, BD: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def load_terms(table, extra, at, columns, width):
+    """Factors of the terms at some places; zero where there is no term."""
+    return load_rows(table, at[1], at[0], columns, width) + load_rows(extra, at[3], at[2], columns, width)
+
+
+@triton.jit
+@no_type_check
+def gram(table, extra, mine, others, width, BT: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
     """Inner products of two blocks of a sample's terms."""
-    product = tl.zeros([mine.shape[0], others.shape[0]], tl.float32)
+    product = tl.zeros([BT, BT], tl.float32)
     for begin in range(0, width, BD):
         columns = begin + tl.arange(0, BD)
-        left = load_terms(table, extra, indices, sample, mine, terms, extras, columns, width)
-        right = load_terms(table, extra, indices, sample, others, terms, extras, columns, width)
+        left, right = load_terms(table, extra, mine, columns, width), load_terms(table, extra, others, columns, width)
         product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
     return product
 
@@ -75,11 +78,13 @@ def gram_applied_kernel(
     mine = tl.program_id(1) * BT + tl.arange(0, BT)
     level = tl.arange(0, BL)
     first = (sample * levels + level)[:, None] * every
+    these = terms_at(indices, sample, mine, terms, extras)
     total = tl.zeros([BL, BT], tl.float32)
     for begin in range(0, every, BT):
         others = begin + tl.arange(0, BT)
-        product = gram(key_atoms, extra_key, indices, sample, mine, others, terms, extras, d_k, BK, PRECISION)
-        product *= gram(value_atoms, extra_value, indices, sample, mine, others, terms, extras, d_v, BV, PRECISION)
+        those = terms_at(indices, sample, others, terms, extras)
+        product = gram(key_atoms, extra_key, these, those, d_k, BT, BK, PRECISION)
+        product *= gram(value_atoms, extra_value, these, those, d_v, BT, BV, PRECISION)
         mask = (level < levels)[:, None] & (others < every)[None, :]
         weight = tl.load(coefficients + first + others[None, :], mask=mask, other=0.0)
         total += tl.sum(product[None, :, :] * weight[:, None, :], axis=2)
@@ -120,8 +125,9 @@ def rows_gradient_kernel(
                 at = coefficients + (sample * levels + level) * every
                 scale = 2.0 * tl.load(gradient + sample * levels + level) * tl.load(at + own)
                 weight += scale * tl.load(at + others, mask=others < every, other=0.0)
-            keys = load_terms(key_atoms, extra_key, indices, sample, others, terms, extras, k, d_k)
-            values = load_terms(value_atoms, extra_value, indices, sample, others, terms, extras, v, d_v)
+            those = terms_at(indices, sample, others, terms, extras)
+            keys = load_terms(key_atoms, extra_key, those, k, d_k)
+            values = load_terms(value_atoms, extra_value, those, v, d_v)
             key_sum += keys * (weight * tl.sum(values * own_value[None, :], axis=1))[:, None]
             value_sum += values * (weight * tl.sum(keys * own_key[None, :], axis=1))[:, None]
     tl.store(key_gradient + row * d_k + k, tl.sum(key_sum, axis=0), mask=k < d_k)
@@ -185,7 +191,7 @@ def rows_gradient(
     key_gradient, value_gradient = scratch(own, d_k, like=key_atoms), scratch(own, d_v, like=value_atoms)
     key_block, value_block = block_of(d_k, WIDEST), block_of(d_v, WIDEST)
     # Two tiles and two sums of BT rows stay in registers; fewer rows are taken of wide ones.
-    rows = max(1, min(16, 4096 // (key_block + value_block)))
+    rows = min(8, 2048 // max(key_block, value_block))
     order, offsets = (None, None) if pairs is None else pairs
     arguments = {
         "gradient": gradient,
