@@ -1,7 +1,7 @@
 """The sparse sums over chosen atoms as Triton kernels, for GPUs: kernels read rows by their index, and no tensor of size
 [batch, atoms, d] is made, forward or backward.
 
-    squared_norm.py  |sum_i c_i v_i w_i^T|^2 of a sum over chosen atoms and a few terms of the sample's own
+    squared_norm.py  |sum_i c_i v_i w_i^T|^2 of a sum over chosen atoms and a few terms of the sample's own (kernels: gram.py)
     bilinear.py      (p_i . key)(r_i . value) at chosen rows
     decode.py        sum_i a_i v_i w_i^T as matrices, and sum_i a_i A_i of a dense dictionary
     reference.py     the same in plain torch, of the same signatures: what the kernels are tested against

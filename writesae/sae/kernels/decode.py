@@ -268,6 +268,61 @@ def decode_dense_at(
     return decode_dense(values, atoms, indices)
 
 
+@torch.library.custom_op("writesae::inner_of_matrices", mutates_args=())
+def inner_of_matrices(matrices: Tensor, key_atoms: Tensor, value_atoms: Tensor, indices: Tensor) -> Tensor:
+    """v_j^T X_b w_j [batch, term] of every pair, in float32."""
+    return between(matrices.contiguous(), key_atoms.contiguous(), value_atoms.contiguous(), indices.contiguous())
+
+
+@inner_of_matrices.register_fake
+def _(matrices, key_atoms, value_atoms, indices):
+    return matrices.new_empty(indices.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("writesae::inner_of_matrices_gradient", mutates_args=())
+def inner_of_matrices_gradient(
+    gradient: Tensor, matrices: Tensor, key_atoms: Tensor, value_atoms: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both tables: those of a sum of outer products, with the places of matrices and weights changed."""
+    order, offsets = sorted_pairs(indices, len(key_atoms), gradient != 0)
+    tables = key_atoms.contiguous(), value_atoms.contiguous()
+    of_key, of_value = atoms_gradient(matrices.contiguous(), gradient.contiguous(), *tables, order, offsets)
+    return of_key.to(key_atoms.dtype), of_value.to(value_atoms.dtype)
+
+
+@inner_of_matrices_gradient.register_fake
+def _(gradient, matrices, key_atoms, value_atoms, indices):
+    return key_atoms.new_empty(key_atoms.shape), value_atoms.new_empty(value_atoms.shape)
+
+
+def _inner_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    atoms = (None, None)
+    if needed[1] or needed[2]:
+        atoms = inner_of_matrices_gradient(gradient, *ctx.saved_tensors)
+    matrices = decode(gradient, *ctx.saved_tensors[1:]).to(ctx.saved_tensors[0].dtype) if needed[0] else None
+    return matrices, *atoms, None
+
+
+inner_of_matrices.register_autograd(_inner_backward, setup_context=_keep)
+inner_of_matrices_gradient.register_autograd(no_second_derivative("inner_of_matrices_at"))
+
+
+def inner_of_matrices_at(
+    matrices: Float[Tensor, "batch d_k d_v"],
+    key_atoms: Float[Tensor, "row d_k"],
+    value_atoms: Float[Tensor, "row d_v"],
+    indices: Int[Tensor, "batch term"],
+) -> Float[Tensor, "batch term"]:
+    """v_i^T X w_i at the chosen rows i, in float32; differentiable once in the matrices and the tables.
+
+    Raises:
+        ValueError: for widths, devices or dtypes that the kernels cannot take.
+    """
+    check(indices, (key_atoms, matrices[:, :, 0]), (value_atoms, matrices), widest=WIDEST)
+    return inner_of_matrices(matrices, key_atoms, value_atoms, indices)
+
+
 @register
 def variants(case: Case) -> Iterator[Variant]:
     """The kernels of matrices, for every number of terms."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.sae.factored import squared_norm_of_sum
+from writesae.sae.factored import inner_with_sum, squared_norm_of_sum
 
 
 def squared_norm_at(
@@ -24,6 +24,18 @@ def squared_norm_at(
     left = torch.cat([key_atoms[indices], extra_key], dim=1)
     right = torch.cat([value_atoms[indices], extra_value], dim=1)
     return squared_norm_of_sum(every, left, right)
+
+
+def inner_with_sum_at(
+    key_atoms: Float[Tensor, "row d_k"],
+    value_atoms: Float[Tensor, "row d_v"],
+    indices: Int[Tensor, "batch term"],
+    others: Int[Tensor, "batch other"],
+    other_coefficients: Float[Tensor, "batch other"],
+) -> Float[Tensor, "batch term"]:
+    """<A_i, sum_j c_j A_j> of chosen rows i with a sum over other rows j, which gets no gradient."""
+    fixed = other_coefficients.detach(), key_atoms.detach()[others], value_atoms.detach()[others]
+    return inner_with_sum(key_atoms[indices], value_atoms[indices], *fixed)
 
 
 def bilinear_at(
@@ -55,6 +67,16 @@ def decode_dense_at(
 ) -> Float[Tensor, "batch d"]:
     """sum_i a_i A_i of atoms that are rows."""
     return (values[:, None, :] @ atoms[indices]).squeeze(1)
+
+
+def inner_of_matrices_at(
+    matrices: Float[Tensor, "batch d_k d_v"],
+    key_atoms: Float[Tensor, "row d_k"],
+    value_atoms: Float[Tensor, "row d_v"],
+    indices: Int[Tensor, "batch term"],
+) -> Float[Tensor, "batch term"]:
+    """v_i^T X w_i at the chosen rows i."""
+    return ((key_atoms[indices] @ matrices) * value_atoms[indices]).sum(-1)
 
 
 def per_term(

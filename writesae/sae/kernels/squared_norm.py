@@ -4,218 +4,21 @@
     d|M|^2/dc = 2 G c      d|M|^2/dl_i = 2 c_i sum_j c_j (r_i . r_j) l_j      d|M|^2/dr_i = 2 c_i sum_j c_j (l_i . l_j) r_j
 
 The terms of a sample are its chosen rows, then extra ones of its own: the write itself with the coefficient 1, while atoms have
--a_i. Several levels of coefficients, such as the prefixes of a Matryoshka dictionary, share the Gram matrices.
+-a_i. Several levels of coefficients, such as the prefixes of a Matryoshka dictionary, share the Gram matrices. G c, which the
+forward pass finds, is half of the coefficients' gradient.
 
-Forward, a program holds a block of G, tile by tile, and leaves G c, one number per term, which is half of the coefficients'
-gradient. Backward, one program per row of the dictionary goes through the pairs (sample, place) that chose the row. l_i and r_i
-are then its own, loaded once; the other terms of each sample pass by in tiles, are multiplied with the own row and added up.
-Nothing of size [batch, term, d] is left in memory, nor a Gram matrix, and the order of the sum is always the same.
+Inner products of chosen rows with a sum over others are one more G c, in which the first have the coefficient 0.
 """
 
-from collections.abc import Iterator
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_recurrent.scan.kernels.layout import Launch, block_of, recorded, scratch
-from hooked_recurrent.scan.kernels.variants import Case, Variant, register
 from writesae.sae.kernels import WIDEST
-from writesae.sae.kernels.rows import (
-    TERMS,
-    check,
-    launched,
-    load_rows,
-    load_vector,
-    meta,
-    no_second_derivative,
-    precision_of,
-    sorted_pairs,
-)
-
-
-@triton.jit
-@no_type_check
-def terms_at(indices, sample, places, terms, extras):
-    """Where a sample's terms are: which places are chosen rows, these rows, which are its own, and their rows."""
-    chosen, own = places < terms, (places >= terms) & (places < terms + extras)
-    rows = tl.load(indices + sample * terms + places, mask=chosen, other=0)
-    return chosen, rows, own, sample * extras + places - terms
-
-
-@triton.jit
-@no_type_check
-def load_terms(table, extra, at, columns, width):
-    """Factors of the terms at some places; zero where there is no term."""
-    return load_rows(table, at[1], at[0], columns, width) + load_rows(extra, at[3], at[2], columns, width)
-
-
-@triton.jit
-@no_type_check
-def gram(table, extra, mine, others, width, BT: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    """Inner products of two blocks of a sample's terms."""
-    product = tl.zeros([BT, BT], tl.float32)
-    for begin in range(0, width, BD):
-        columns = begin + tl.arange(0, BD)
-        left, right = load_terms(table, extra, mine, columns, width), load_terms(table, extra, others, columns, width)
-        product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-@no_type_check
-def gram_applied_kernel(
-    coefficients, key_atoms, value_atoms, indices, extra_key, extra_value, applied,
-    levels, terms, extras, d_k, d_v,
-    BL: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """G c [sample, level, term]. One program per sample and block of terms."""
-    sample = tl.program_id(0).to(tl.int64)
-    every = terms + extras
-    mine = tl.program_id(1) * BT + tl.arange(0, BT)
-    level = tl.arange(0, BL)
-    first = (sample * levels + level)[:, None] * every
-    these = terms_at(indices, sample, mine, terms, extras)
-    total = tl.zeros([BL, BT], tl.float32)
-    for begin in range(0, every, BT):
-        others = begin + tl.arange(0, BT)
-        those = terms_at(indices, sample, others, terms, extras)
-        product = gram(key_atoms, extra_key, these, those, d_k, BT, BK, PRECISION)
-        product *= gram(value_atoms, extra_value, these, those, d_v, BT, BV, PRECISION)
-        mask = (level < levels)[:, None] & (others < every)[None, :]
-        weight = tl.load(coefficients + first + others[None, :], mask=mask, other=0.0)
-        total += tl.sum(product[None, :, :] * weight[:, None, :], axis=2)
-    mask = (level < levels)[:, None] & (mine < every)[None, :]
-    tl.store(applied + first + mine[None, :], total, mask=mask)
-
-
-@triton.jit
-@no_type_check
-def rows_gradient_kernel(
-    gradient, coefficients, key_atoms, value_atoms, indices, extra_key, extra_value, order, offsets,
-    key_gradient, value_gradient, levels, terms, extras, d_k, d_v,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Both gradients of a row [row, d_k], [row, d_v]. One program per row of the tables; without `offsets` per extra term."""
-    row = tl.program_id(0).to(tl.int64)
-    every = terms + extras
-    k, v = tl.arange(0, BK), tl.arange(0, BV)
-    if offsets is not None:
-        first, last = tl.load(offsets + row), tl.load(offsets + row + 1)
-        own_key = load_vector(key_atoms + row * d_k, k, d_k)
-        own_value = load_vector(value_atoms + row * d_v, v, d_v)
-    else:
-        first, last = row, row + 1
-        own_key = load_vector(extra_key + row * d_k, k, d_k)
-        own_value = load_vector(extra_value + row * d_v, v, d_v)
-    key_sum, value_sum = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BV], tl.float32)
-    for place in range(first, last):
-        if offsets is not None:
-            pair = tl.load(order + place)
-            sample, own = pair // terms, pair % terms
-        else:
-            sample, own = row // extras, terms + row % extras
-        for begin in range(0, every, BT):
-            others = begin + tl.arange(0, BT)
-            weight = tl.zeros([BT], tl.float32)
-            for level in range(0, levels):
-                at = coefficients + (sample * levels + level) * every
-                scale = 2.0 * tl.load(gradient + sample * levels + level) * tl.load(at + own)
-                weight += scale * tl.load(at + others, mask=others < every, other=0.0)
-            those = terms_at(indices, sample, others, terms, extras)
-            keys = load_terms(key_atoms, extra_key, those, k, d_k)
-            values = load_terms(value_atoms, extra_value, those, v, d_v)
-            key_sum += keys * (weight * tl.sum(values * own_value[None, :], axis=1))[:, None]
-            value_sum += values * (weight * tl.sum(keys * own_key[None, :], axis=1))[:, None]
-    tl.store(key_gradient + row * d_k + k, tl.sum(key_sum, axis=0), mask=k < d_k)
-    tl.store(value_gradient + row * d_v + v, tl.sum(value_sum, axis=0), mask=v < d_v)
-
-
-def gram_applied(
-    coefficients: Float[Tensor, "batch level every"],
-    key_atoms: Float[Tensor, "row d_k"],
-    value_atoms: Float[Tensor, "row d_v"],
-    indices: Int[Tensor, "batch term"],
-    extra_key: Float[Tensor, "batch extra d_k"],
-    extra_value: Float[Tensor, "batch extra d_v"],
-) -> Float[Tensor, "batch level every"]:
-    """G c of every sample and level, in float32. The tensors are contiguous."""
-    batch, levels, every = coefficients.shape
-    applied = scratch(batch, levels, every, like=coefficients)
-    # 33 terms, the usual number, fill three blocks of 16 better than two of 32.
-    block = 16 if every <= 48 else 32
-    # Numbers of 16 bits are exact in TF32.
-    precision = precision_of(key_atoms, value_atoms, extra_key, extra_value)
-    arguments = {
-        "coefficients": coefficients,
-        "key_atoms": key_atoms,
-        "value_atoms": value_atoms,
-        "indices": indices,
-        "extra_key": extra_key,
-        "extra_value": extra_value,
-        "applied": applied,
-        "levels": levels,
-        "terms": indices.shape[1],
-        "extras": extra_key.shape[1],
-        "d_k": key_atoms.shape[1],
-        "d_v": value_atoms.shape[1],
-        "BL": triton.next_power_of_2(levels),
-        "BT": block,
-        "BK": block_of(key_atoms.shape[1], precision.block // 2),
-        "BV": block_of(value_atoms.shape[1], precision.block // 2),
-        "PRECISION": precision.fast,
-    }
-    Launch(gram_applied_kernel, (batch, triton.cdiv(every, block)), arguments, 1 if block == 16 else 4).run()
-    return applied
-
-
-def rows_gradient(
-    gradient: Float[Tensor, "batch level"],
-    coefficients: Float[Tensor, "batch level every"],
-    key_atoms: Float[Tensor, "row d_k"],
-    value_atoms: Float[Tensor, "row d_v"],
-    indices: Int[Tensor, "batch term"],
-    extra_key: Float[Tensor, "batch extra d_k"],
-    extra_value: Float[Tensor, "batch extra d_v"],
-    pairs: tuple[Tensor, Tensor] | None,
-) -> tuple[Float[Tensor, "own d_k"], Float[Tensor, "own d_v"]]:
-    """The gradients of the tables' rows, or without `pairs` those of the extra terms [batch * extra, d], in float32.
-
-    The tensors are contiguous; `pairs` are the indices' `sorted_pairs`.
-    """
-    d_k, d_v, extras = key_atoms.shape[1], value_atoms.shape[1], extra_key.shape[1]
-    own = len(key_atoms) if pairs is not None else len(indices) * extras
-    key_gradient, value_gradient = scratch(own, d_k, like=key_atoms), scratch(own, d_v, like=value_atoms)
-    key_block, value_block = block_of(d_k, WIDEST), block_of(d_v, WIDEST)
-    # Two tiles and two sums of BT rows stay in registers; fewer rows are taken of wide ones.
-    rows = min(8, 2048 // max(key_block, value_block))
-    order, offsets = (None, None) if pairs is None else pairs
-    arguments = {
-        "gradient": gradient,
-        "coefficients": coefficients,
-        "key_atoms": key_atoms,
-        "value_atoms": value_atoms,
-        "indices": indices,
-        "extra_key": extra_key,
-        "extra_value": extra_value,
-        "order": order,
-        "offsets": offsets,
-        "key_gradient": key_gradient,
-        "value_gradient": value_gradient,
-        "levels": coefficients.shape[1],
-        "terms": indices.shape[1],
-        "extras": extras,
-        "d_k": d_k,
-        "d_v": d_v,
-        "BT": rows,
-        "BK": key_block,
-        "BV": value_block,
-    }
-    Launch(rows_gradient_kernel, (own,), arguments).run()
-    return key_gradient, value_gradient
+from writesae.sae.kernels.gram import gram_applied, rows_gradient
+from writesae.sae.kernels.rows import check, no_second_derivative, sorted_pairs
 
 
 @torch.library.custom_op("writesae::squared_norm", mutates_args=())
@@ -256,7 +59,7 @@ def squared_norm_gradient(
         active = (coefficients[:, :, : indices.shape[1]] != 0).any(1)
         pairs = sorted_pairs(indices, len(key_atoms), active)
     key_gradient, value_gradient = rows_gradient(
-        gradient.contiguous(),
+        (2 * gradient[..., None] * coefficients).contiguous(),
         coefficients.contiguous(),
         key_atoms.contiguous(),
         value_atoms.contiguous(),
@@ -317,23 +120,80 @@ def squared_norm_at(
     return squared_norm(every, key_atoms, value_atoms, indices, extra_key, extra_value)[0]
 
 
-@register
-def variants(case: Case) -> Iterator[Variant]:
-    """Both kernels on writes with 8, 32 or 64 atoms, one level or three, and the gradient of the writes."""
-    batch, rows = 256, 2048
-    for terms in TERMS:
-        for levels in (1, 3):
-            tensors = (
-                meta(batch, levels, terms + 1),
-                meta(rows, case.d_k, dtype=case.dtype),
-                meta(rows, case.d_v, dtype=case.dtype),
-                meta(batch, terms, dtype=torch.int64),
-                meta(batch, 1, case.d_k, dtype=case.dtype),
-                meta(batch, 1, case.d_v, dtype=case.dtype),
-            )
-            pairs = (meta(batch * terms, dtype=torch.int64), meta(rows + 1, dtype=torch.int64))
-            with recorded(case.backend) as launches:
-                gram_applied(*tensors)
-                rows_gradient(meta(batch, levels), *tensors, pairs)
-                rows_gradient(meta(batch, levels), *tensors, None)
-            yield from launched(f"squared norm, {terms} terms", case, launches)
+@torch.library.custom_op("writesae::inner_with_sum", mutates_args=())
+def inner_with_sum(
+    key_atoms: Tensor, value_atoms: Tensor, indices: Tensor, others: Tensor, other_coefficients: Tensor
+) -> Tensor:
+    """<l_i r_i^T, sum_j c_j l_j r_j^T> [batch, term] of chosen rows i with a sum over others j, in float32."""
+    both, weights = _one_sum(indices, others, other_coefficients)
+    none = (table.new_empty(len(indices), 0, table.shape[1]) for table in (key_atoms, value_atoms))
+    applied = gram_applied(weights, key_atoms.contiguous(), value_atoms.contiguous(), both, next(none), next(none))
+    return applied[:, 0, : indices.shape[1]].contiguous()
+
+
+@inner_with_sum.register_fake
+def _(key_atoms, value_atoms, indices, others, other_coefficients):
+    return key_atoms.new_empty(indices.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("writesae::inner_with_sum_gradient", mutates_args=())
+def inner_with_sum_gradient(
+    gradient: Tensor,
+    key_atoms: Tensor,
+    value_atoms: Tensor,
+    indices: Tensor,
+    others: Tensor,
+    other_coefficients: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both tables by their rows i; rows j are held fixed."""
+    both, weights = _one_sum(indices, others, other_coefficients)
+    own_weights = torch.zeros_like(weights)
+    own_weights[:, 0, : indices.shape[1]] = gradient
+    none = [table.new_empty(len(indices), 0, table.shape[1]) for table in (key_atoms, value_atoms)]
+    pairs = sorted_pairs(both, len(key_atoms), own_weights[:, 0] != 0)
+    of_key, of_value = rows_gradient(
+        own_weights, weights, key_atoms.contiguous(), value_atoms.contiguous(), both, none[0], none[1], pairs
+    )
+    return of_key.to(key_atoms.dtype), of_value.to(value_atoms.dtype)
+
+
+@inner_with_sum_gradient.register_fake
+def _(gradient, key_atoms, value_atoms, indices, others, other_coefficients):
+    return key_atoms.new_empty(key_atoms.shape), value_atoms.new_empty(value_atoms.shape)
+
+
+def _one_sum(indices: Tensor, others: Tensor, other_coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Both lists of rows as the terms of one sum, [batch, every], in which the first have the coefficient 0."""
+    none = torch.zeros(indices.shape, dtype=torch.float32, device=indices.device)
+    return torch.cat([indices, others], dim=1), torch.cat([none, other_coefficients.float()], dim=1)[:, None]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _inner_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    return *(inner_with_sum_gradient(gradient, *ctx.saved_tensors) if needed else (None, None)), None, None, None
+
+
+inner_with_sum.register_autograd(_inner_backward, setup_context=_keep_inputs)
+inner_with_sum_gradient.register_autograd(no_second_derivative("inner_with_sum_at"))
+
+
+def inner_with_sum_at(
+    key_atoms: Float[Tensor, "row d_k"],
+    value_atoms: Float[Tensor, "row d_v"],
+    indices: Int[Tensor, "batch term"],
+    others: Int[Tensor, "batch other"],
+    other_coefficients: Float[Tensor, "batch other"],
+) -> Float[Tensor, "batch term"]:
+    """<A_i, sum_j c_j A_j> of chosen rows i with the sum over other rows j of the same tables, in float32.
+
+    Differentiable once in the tables, by the rows i alone: the sum is held fixed, as what a residual is taken from.
+
+    Raises:
+        ValueError: for widths, devices or dtypes that the kernels cannot take.
+    """
+    check(indices, (key_atoms, key_atoms), (value_atoms, value_atoms), widest=WIDEST)
+    return inner_with_sum(key_atoms, value_atoms, indices, others, other_coefficients.detach())

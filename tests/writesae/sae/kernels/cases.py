@@ -7,7 +7,7 @@ _BESIDE = 700
 
 
 def surrounded(tensor):
-    """The same numbers in the middle of memory full of NaN; indices are surrounded by one that points at the NaN after a table."""
+    """The same numbers in the middle of memory full of NaN; around indices stands one that points at the NaN after a table."""
     beside = torch.nan if tensor.is_floating_point() else int(tensor.max()) + 1 if tensor.numel() else 0
     memory = torch.full((tensor.numel() + 2 * _BESIDE,), beside, dtype=tensor.dtype)
     middle = memory[_BESIDE : _BESIDE + tensor.numel()].view(tensor.shape)

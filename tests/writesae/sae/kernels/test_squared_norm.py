@@ -1,8 +1,8 @@
-"""The squared norm of a sum over chosen rows, interpreted, against the matrix formed in float64 on the same (rounded) inputs."""
+"""The squared norm of a sum over chosen rows, interpreted, against the matrix in float64 on the same (rounded) inputs."""
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.writesae.sae.kernels.cases import BOUNDS, chosen, compare, error, outcome, random
@@ -38,7 +38,7 @@ def test_equals_the_matrix(widths, levels, dtype):
     compare(squared_norm_at, dense, given_, BOUNDS[dtype])
 
 
-@pytest.mark.parametrize(("terms", "extras"), [(32, 1), (48, 1), (1, 1), (15, 0), (3, 13)])
+@pytest.mark.parametrize(("terms", "extras"), [(31, 1), (48, 1), (1, 1), (15, 0), (3, 13)])
 def test_any_number_of_terms(terms, extras):
     """Blocks of 16 terms and, from 49 on, of 32; full ones and others."""
     compare(squared_norm_at, dense, inputs(batch=1, terms=terms, extras=extras, rows=30), 1e-4)
@@ -49,6 +49,7 @@ def test_any_width(widths):
     compare(squared_norm_at, dense, inputs(batch=1, terms=6, rows=7, d_k=widths[0], d_v=widths[1]), 1e-4)
 
 
+@settings(max_examples=10)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.integers(0, 2)),
     st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9)),
