@@ -7,10 +7,12 @@
     reference.py     the same in plain torch, of the same signatures: what the kernels are tested against
 
 Whether kernels run is asked of `use_triton` and nowhere else. Importing this package imports no Triton, which exists on Linux
-alone.
+alone: the functions, which are this package's attributes too, are imported when they are first asked for.
 """
 
+import importlib
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -21,6 +23,20 @@ from hooked_recurrent.scan.dispatch import has_triton
 WIDEST = 1024
 """Of keys and values: a gradient's kernel keeps whole rows of both in registers."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HOMES = {
+    "squared_norm_at": "squared_norm",
+    "inner_with_sum_at": "squared_norm",
+    "bilinear_at": "bilinear",
+    "decode_at": "decode",
+    "decode_dense_at": "decode",
+    "inner_of_matrices_at": "decode",
+}
+
+
+def __getattr__(name: str) -> Callable[..., Tensor]:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def use_triton(tensor: Tensor, *others: Tensor, widest: int | None = WIDEST) -> bool:
