@@ -3,6 +3,7 @@
 import torch
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+COMMON = (torch.float32, torch.bfloat16)
 _BESIDE = 700
 
 

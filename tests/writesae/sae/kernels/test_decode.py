@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.writesae.sae.kernels.cases import BOUNDS, chosen, compare, error, outcome, random
+from tests.writesae.sae.kernels.cases import BOUNDS, COMMON, chosen, compare, error, outcome, random
 from writesae.sae.kernels import decode as kernels
 from writesae.sae.kernels import reference
 from writesae.sae.kernels.decode import decode_at, decode_dense_at
@@ -29,7 +29,7 @@ def inputs(batch=3, terms=5, d_k=16, d_v=16, atoms=9, rank=1, dtype=torch.float3
     return [random(batch, terms, seed=seed + 2), *tables, chosen(batch, terms, atoms, seed)]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("dtype", COMMON, ids=str)
 @pytest.mark.parametrize("widths", [(16, 16), (48, 80), (7, 33), (1, 1), (130, 1)], ids=str)
 def test_equals_the_dense_sum(widths, dtype):
     compare(decode_at, dense, inputs(d_k=widths[0], d_v=widths[1], dtype=dtype), BOUNDS[dtype])
@@ -60,7 +60,7 @@ def test_equals_the_reference():
         assert error(got, other) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("dtype", COMMON, ids=str)
 @pytest.mark.parametrize(("batch", "terms", "width"), [(3, 5, 16), (1, 1, 1), (2, 40, 70), (9, 3, 1100)])
 def test_rows_equal_the_dense_sum(batch, terms, width, dtype):
     """Values in the dtype of the atoms, as torch's sum of rows has them."""
@@ -138,3 +138,36 @@ def test_a_second_derivative_is_refused():
         (gradient,) = torch.autograd.grad(function(values, *tables, indices).sum(), key_atoms, create_graph=True)
         with pytest.raises(NotImplementedError, match="have no second derivatives"):
             gradient.sum().backward()
+
+
+def dense_inner(matrices, key_atoms, value_atoms, indices):
+    """With every atom, of which the chosen ones are taken."""
+    return torch.einsum("bkv,nk,nv->bn", matrices, key_atoms, value_atoms).gather(1, indices)
+
+
+def inner_inputs(d_k=16, d_v=16, dtype=torch.float32, **sizes):
+    _, key_atoms, value_atoms, indices = inputs(d_k=d_k, d_v=d_v, dtype=dtype, **sizes)
+    return [random(len(indices), d_k, d_v, seed=7, dtype=dtype), key_atoms, value_atoms, indices]
+
+
+@pytest.mark.parametrize("dtype", COMMON, ids=str)
+@pytest.mark.parametrize("widths", [(16, 16), (48, 80), (7, 33), (1, 1)], ids=str)
+def test_inner_products_with_matrices(widths, dtype):
+    given_ = inner_inputs(*widths, dtype=dtype)
+    compare(kernels.inner_of_matrices_at, dense_inner, given_, BOUNDS[dtype])
+    if dtype == torch.float32:
+        compare(reference.inner_of_matrices_at, dense_inner, given_, BOUNDS[dtype])
+
+
+def test_the_operators_of_inner_products_are_what_they_say():
+    leaves = [one.requires_grad_() if one.is_floating_point() else one for one in inner_inputs(d_v=20)]
+    torch.library.opcheck(kernels.inner_of_matrices, tuple(leaves))
+    plain = [leaf.detach() for leaf in leaves]
+    torch.library.opcheck(kernels.inner_of_matrices_gradient, (torch.ones(3, 5), *plain))
+
+
+def test_matrices_that_are_data_get_no_gradient(monkeypatch):
+    monkeypatch.setattr(kernels, "decode", lambda *a: pytest.fail("not asked for"))
+    matrices, key_atoms, value_atoms, indices = inner_inputs()
+    kernels.inner_of_matrices_at(matrices, key_atoms.requires_grad_(), value_atoms, indices).sum().backward()
+    assert key_atoms.grad is not None

@@ -1,6 +1,8 @@
 """When kernels are taken, and that nothing else decides it."""
 
+import ast
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,15 +53,22 @@ def test_without_triton(on_gpu, monkeypatch):
         assert not kernels.use_triton(on_gpu(3, 4))
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "reference.py", "../factored.py"])
+@pytest.mark.parametrize(
+    "name", ["kernels/__init__.py", "kernels/reference.py", "factored.py", "samples.py", "atoms.py"]
+)
 def test_the_choice_imports_no_triton(name):
     """Triton exists on Linux alone; everything else must work without it."""
-    tree = ast.parse(Path(kernels.__file__).with_name("x").parent.joinpath(name).read_text(encoding="utf-8"))
-    imported = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert imported
-    with_triton = ("triton", "kernels.rows", "kernels.squared_norm", "kernels.bilinear", "kernels.decode")
-    assert not [
-        line
-        for line in imported
-        if any(f" {word}" in line or f".{word}" in line for word in with_triton if "has_triton" not in line)
-    ]
+    source = (Path(kernels.__file__).parents[1] / name).read_text(encoding="utf-8")
+    imported = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in imported if isinstance(node, ast.ImportFrom)}
+    assert modules
+    assert not [module for module in modules if module.startswith("triton") or "kernels." in module]
+
+
+def test_its_functions_are_its_attributes_and_nothing_else_is():
+    from writesae.sae.kernels.decode import decode_at
+
+    assert kernels.decode_at is decode_at
+    with pytest.raises(AttributeError, match="no attribute 'decode_it'"):
+        _ = kernels.decode_it
