@@ -180,7 +180,7 @@ def rows_gradient(
     key_gradient, value_gradient = scratch(own, d_k, like=key_atoms), scratch(own, d_v, like=value_atoms)
     key_block, value_block = block_of(d_k, WIDEST), block_of(d_v, WIDEST)
     # Two tiles and two sums of BT rows stay in registers: of wide rows fewer are taken, by more warps.
-    rows = min(8, 2048 // max(key_block, value_block))
+    rows = min(8, 1024 // max(key_block, value_block))
     order, offsets = (None, None) if pairs is None else pairs
     arguments = {
         "own_weights": own_weights,
