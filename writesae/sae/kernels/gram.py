@@ -179,8 +179,9 @@ def rows_gradient(
     own = len(key_atoms) if pairs is not None else len(indices) * extras
     key_gradient, value_gradient = scratch(own, d_k, like=key_atoms), scratch(own, d_v, like=value_atoms)
     key_block, value_block = block_of(d_k, WIDEST), block_of(d_v, WIDEST)
-    # Two tiles and two sums of BT rows stay in registers: of wide rows fewer are taken, by more warps.
-    rows = min(8, 1024 // max(key_block, value_block))
+    # Two tiles and two sums of BT rows stay in registers: of wide rows fewer are taken.
+    widest = max(key_block, value_block)
+    rows = 8 if widest <= 64 else min(4, 1024 // widest)
     order, offsets = (None, None) if pairs is None else pairs
     arguments = {
         "own_weights": own_weights,
@@ -203,7 +204,7 @@ def rows_gradient(
         "BK": key_block,
         "BV": value_block,
     }
-    Launch(rows_gradient_kernel, (own,), arguments, 4 if max(key_block, value_block) <= 64 else 8).run()
+    Launch(rows_gradient_kernel, (own,), arguments).run()
     return key_gradient, value_gradient
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.writesae.sae.kernels.cases import BOUNDS, COMMON, chosen, compare, error, outcome, random
+from tests.writesae.sae.kernels.cases import BOUNDS, COMMON, chosen, compare, error, outcome, random, surrounded
 from writesae.sae.kernels import reference, squared_norm
 from writesae.sae.kernels.squared_norm import squared_norm_at
 
@@ -68,6 +68,20 @@ def test_equals_the_matrix_whatever_the_sizes(counts, sizes, dtype, seed):
     names = ("batch", "levels", "terms", "extras", "d_k", "d_v", "rows")
     given_ = inputs(**dict(zip(names, (*counts, *sizes), strict=True)), dtype=dtype, seed=seed)
     compare(squared_norm_at, dense, given_, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(("levels", "terms", "extras"), [(1, 4, 1), (3, 15, 0)])
+def test_coefficients_amid_nan(levels, terms, extras):
+    """The operator itself: what is public joins the coefficients in memory of its own."""
+    coefficients, *tensors, extra = inputs(batch=2, levels=levels, terms=terms, extras=extras)
+    every = surrounded(torch.cat([coefficients, extra], dim=2))
+    squared, applied = squared_norm.squared_norm(every, *tensors)
+    assert error(squared, dense(coefficients, *tensors, extra)) < 1e-5 and applied.isfinite().all()
+    for of_extra in (False, True):
+        gradient = surrounded(torch.ones(2, levels))
+        assert all(
+            one.isfinite().all() for one in squared_norm.squared_norm_gradient(gradient, every, *tensors, of_extra)
+        )
 
 
 def test_equals_the_reference():
