@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,24 @@ def test_a_full_disk_keeps_what_is_there_and_writing_goes_on(tmp_path, monkeypat
     done = write(tmp_path / "a", model, tokens)
     assert done.complete and len(runs) == 2  # the two shards that were missing
     assert (tmp_path / "a" / "shard-00000.safetensors").stat().st_mtime_ns == first
+
+
+def test_a_system_that_refuses_a_large_file_is_a_full_disk(tmp_path, model, tokens):
+    """Not played: the system itself stops the write in the middle of a shard."""
+    resource = pytest.importorskip("resource")
+    write(tmp_path / "a", model, tokens[:3])  # how long a shard is
+    size = (tmp_path / "a" / "shard-00000.safetensors").stat().st_size
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+        with pytest.raises(OSError, match="could not write shard-00000.safetensors .*0 of 3 shards"):
+            write(tmp_path / "b", model, tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list((tmp_path / "b").iterdir()) == []
+    assert write(tmp_path / "b", model, tokens).complete
 
 
 def test_a_kill_between_shard_and_manifest_only_costs_that_shard(tmp_path, monkeypatch, model, tokens):
