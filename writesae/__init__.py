@@ -3,10 +3,11 @@
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.sae import Codes, LossOutput, WriteSAE
 from writesae.stream import Passages, WriteStream, passages
-from writesae.training import TrainResult, fit, train
+from writesae.training import Job, TrainResult, fit, train, train_many
 
 __all__ = [
     "Codes",
+    "Job",
     "LossOutput",
     "Passages",
     "TrainConfig",
@@ -17,4 +18,5 @@ __all__ = [
     "fit",
     "passages",
     "train",
+    "train_many",
 ]

@@ -100,7 +100,7 @@ def train(
         from hooked_recurrent.zoo.corpus import standard_library
         from writesae.config import TrainConfig, WriteSAEConfig
         from writesae.stream.corpus import passages as cut
-        from writesae.training.trainer import train as fit
+        from writesae.training import train as fit
 
         loaded = _load(model)
         texts = [cut(standard_library(s), loaded, length, split=s, max_passages=n, seed=seed)
