@@ -145,6 +145,8 @@ class TrainConfig(StrictConfig):
     """Steps between moves of dead atoms onto badly reconstructed writes; 0 never moves one."""
     resample_until: float = 0.8
     """Share of the run after which no atom is moved any more, so that every atom has time to settle."""
+    splice_passages: int = 8
+    """Held-out passages on which, at the end, the language model's loss is measured with reconstructions in place; 0 is off."""
     log_every: int = 50
     """Steps between two lines of the log."""
     log_to: tuple[str, ...] = ()
@@ -177,6 +179,7 @@ class TrainConfig(StrictConfig):
         require_at_least_zero(owner, aux_weight=self.aux_weight, resample_every=self.resample_every)
         require_at_least_zero(owner, sparsity_weight=self.sparsity_weight, save_every=self.save_every)
         require_at_least_zero(owner, sparsity_warmup_steps=self.sparsity_warmup_steps)
+        require_at_least_zero(owner, splice_passages=self.splice_passages)
         require_one_of(owner, "schedule", self.schedule, SCHEDULES)
         require_one_of(owner, "precision", self.precision, PRECISIONS)
         for name in self.log_to:

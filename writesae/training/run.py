@@ -25,6 +25,7 @@ from writesae.training.folder import RunFolder
 from writesae.training.interrupt import Interrupt, noted_interrupts
 from writesae.training.jobs import Job, Metrics, Text, TrainResult, Unseen, checked, describe, provenance, tokens_of
 from writesae.training.logging import Log, open_logs
+from writesae.training.splice import loss_recovered
 from writesae.training.standin import ActivationStream, Source, calibrate_, measure
 from writesae.training.together import anyone, merged
 from writesae.training.trainer import Line, Trainer
@@ -105,8 +106,9 @@ class Run:
         for name, trainer in self.trainers.items():
             source = self.own[name].source
             metrics: Metrics = {"train": measure(trainer.sae, self.sample[source]).to_dict()}
-            if unseen is not None:
+            if heldout is not None and unseen is not None:
                 metrics["heldout"] = measure(trainer.sae, unseen[source]).to_dict()
+                metrics["heldout"] |= self._spliced(trainer.sae, source, heldout)
             where = provenance(self.model, self.own[name], self.text, heldout, self.config, metrics)
             trainer.sae.provenance.update(where)
             results[name] = TrainResult(trainer.sae, trainer.log, metrics)
@@ -148,6 +150,10 @@ class Run:
             seed=config.seed,
             world=self.world,
         )
+
+    def _spliced(self, sae: WriteSAE, source: Source, heldout: Tensor | Passages) -> dict[str, float]:
+        passages = tokens_of(heldout)[: self.config.splice_passages]
+        return loss_recovered(self.model, sae, source, passages).to_dict() if len(passages) else {}
 
     def _open_logs(self) -> list[Log]:
         before = merged({name: trainer.log for name, trainer in self.trainers.items()}, self.world)

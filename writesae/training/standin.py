@@ -77,3 +77,9 @@ class Source(StrictConfig):
     hook: str
     head: int | None = None
     form: str = "additive"
+
+
+def kind_of(model, source):
+    """Stand-in."""
+    name = source.hook.rsplit(".", 1)[-1]
+    return {"hook_write": "write", "hook_state": "state"}.get(name, "vector")

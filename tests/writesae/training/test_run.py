@@ -60,6 +60,7 @@ def test_the_folder_of_a_run(tmp_path, uninterrupted):
             HOOKS.format(int(name == "other_head")), 1 + (name == "other_head"),
         )  # fmt: skip
         assert metrics[name]["heldout"]["n_writes"] == 16
+        assert {"loss_native", "loss_spliced", "loss_zeroed", "loss_recovered"} < set(metrics[name]["heldout"])
 
 
 def killed_at(out, step, where):

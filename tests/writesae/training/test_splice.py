@@ -1,0 +1,82 @@
+"""Spliced losses: the two ends are known, a write's are those of a WriteEdit, states feed back, vectors go by their hook."""
+
+import math
+
+import pytest
+import torch
+
+from hooked_recurrent import WriteEdit
+from tests.hooked_recurrent.models import tiny_model, tokens_of
+from writesae import WriteSAE, WriteSAEConfig
+from writesae.training.jobs import Source
+from writesae.training.splice import Spliced, loss_recovered
+
+HOOKS = {
+    "hook_write": ("blocks.0.mixer.hook_write", 1, (3, 5)),
+    "hook_state": ("blocks.1.mixer.hook_state", 2, (3, 5)),
+    "head of a vector hook": ("blocks.0.mixer.hook_z", 3, (5, 1)),
+    "vector hook": ("blocks.0.hook_mixer_out", None, (12, 1)),
+}
+
+
+class Scaling(WriteSAE):
+    """A dictionary that rebuilds everything, times a factor."""
+
+    def __init__(self, widths, factor):
+        super().__init__(WriteSAEConfig(*widths, n_atoms=4, k=1))
+        self.factor = factor
+
+    def forward(self, x):
+        assert x.shape[-2:] == (self.config.d_k, self.config.d_v)
+        return self.factor * x
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_two_ends_and_what_lies_between(name):
+    hook, head, widths = HOOKS[name]
+    model, source = tiny_model(), Source(hook, head)
+    tokens = tokens_of(model, batch=3, length=10)
+    perfect, empty, half = (loss_recovered(model, Scaling(widths, f), source, tokens) for f in (1.0, 0.0, 0.5))
+    assert perfect.loss_spliced == pytest.approx(perfect.loss_native, rel=1e-12)
+    assert perfect.loss_recovered == pytest.approx(1.0) and empty.loss_recovered == 0.0
+    assert empty.loss_spliced == empty.loss_zeroed != empty.loss_native
+    assert half.loss_spliced not in (half.loss_native, half.loss_zeroed)
+    assert perfect.loss_native == pytest.approx(float(model(tokens, return_type="loss")), rel=1e-12)
+
+
+def test_a_write_at_half_strength_is_a_scaled_write():
+    model, tokens = tiny_model(), tokens_of(tiny_model(), batch=1, length=10)
+    found = loss_recovered(model, Scaling((3, 5), 0.5), Source(HOOKS["hook_write"][0], 1), tokens)
+    for op, loss in (("delete", found.loss_zeroed), ("scale", found.loss_spliced)):
+        edit = WriteEdit(0, 1, slice(0, 10), op, **({"scale": 0.5} if op == "scale" else {}))
+        assert loss == pytest.approx(float(model(tokens, return_type="loss", edits=[edit])), rel=1e-10)
+
+
+def test_rebuilt_states_feed_back():
+    """Halving every state as it is made leaves less than half of the older ones."""
+    model, tokens = tiny_model(), tokens_of(tiny_model(), batch=1, length=10)
+    found = loss_recovered(model, Scaling((3, 5), 0.5), Source(HOOKS["hook_state"][0], 2), tokens)
+
+    def halved(state, hook):
+        state = state.clone()
+        state[:, :, 2] *= 0.5
+        return state
+
+    hooked = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(HOOKS["hook_state"][0], halved)])
+    assert found.loss_spliced == pytest.approx(float(hooked), rel=1e-12)
+
+
+def test_a_real_dictionary_and_no_passages():
+    model = tiny_model()
+    sae = WriteSAE(WriteSAEConfig(3, 5, n_atoms=8, k=2))
+    source = Source(HOOKS["hook_write"][0], 1)
+    found = loss_recovered(model, sae, source, tokens_of(model, batch=2, length=10))
+    assert all(math.isfinite(value) for value in found.to_dict().values()) and "loss_recovered" in found.to_dict()
+    with pytest.raises(ValueError, match="at least one passage"):
+        loss_recovered(model, sae, source, tokens_of(model)[:0])
+
+
+def test_where_nothing_can_be_recovered():
+    nothing = Spliced(2.0, 2.5, 2.0)
+    assert math.isnan(nothing.loss_recovered) and "loss_recovered" not in nothing.to_dict()
+    assert Spliced(2.0, 2.5, 3.0).loss_recovered == 0.5 and Spliced(2.0, 4.0, 3.0).loss_recovered == -1.0
