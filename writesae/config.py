@@ -71,12 +71,21 @@ class WriteSAEConfig(StrictConfig):
     matryoshka: tuple[int, ...] = ()
     """Prefix sizes, rising: the first m atoms alone must rebuild the input too, for every m listed (Bussmann et al. 2025,
     arXiv:2503.17547). The whole dictionary always counts and need not be listed."""
+    sparsity: float = 1e-3
+    """Weight of the sparsity penalty of jumprelu (L0), gated (L1 of the gate) and soft_gated; topk and batch_topk have
+    none."""
+    bandwidth: float = 1e-2
+    """Width of jumprelu's straight-through windows at the start, scaled units."""
+    init_threshold: float = 1e-2
+    """Threshold of every jumprelu atom at the start, scaled units."""
     seed: int = 0
     """Seed of the random initial factors."""
 
     def __post_init__(self) -> None:
         owner = "WriteSAEConfig"
         require_positive(owner, d_k=self.d_k, d_v=self.d_v, n_atoms=self.n_atoms, k=self.k, rank=self.rank)
+        require_positive(owner, bandwidth=self.bandwidth, init_threshold=self.init_threshold)
+        require_at_least_zero(owner, sparsity=self.sparsity)
         if self.k > self.n_atoms:
             raise ValueError(f"WriteSAEConfig.k must be at most n_atoms={self.n_atoms}, got {self.k}")
         if self.rank > min(self.d_k, self.d_v):
@@ -129,12 +138,13 @@ class TrainConfig(StrictConfig):
     project_gradient: bool = False
     """Whether the part of an atom's gradient that only changes its length is removed; the norm constraint undoes it."""
     precision: str = "float32"
-    """"bfloat16" narrows the two products that score the whole dictionary, and nothing else: weights, chosen scores,
-    Gram matrices, errors, gradients and Adam's moments stay in the type of the weights."""
-    sparsity_weight: float = 1.0
-    """Weight of the sparsity term of the variants that have one (jumprelu, gated); the others have none."""
+    """"bfloat16" narrows the products that score the whole dictionary, and with them the chosen scores; weights, Gram
+    matrices, errors, gradients and Adam's moments stay in the dictionary's own type."""
     sparsity_warmup_steps: int = 0
-    """Steps over which that weight rises in a line from 0, so that atoms can form before they are pruned."""
+    """Steps over which the penalty of jumprelu, gated and soft_gated rises in a line from 0, so that atoms can form before
+    they are pruned."""
+    bandwidth_final: float = 1.0
+    """jumprelu's window at the last step as a share of the dictionary's `bandwidth`; it narrows geometrically."""
     dead_after: int = 100
     """Steps without firing after which an atom counts as dead (100 in the paper's code)."""
     aux_weight: float = 1.0
@@ -175,9 +185,9 @@ class TrainConfig(StrictConfig):
         require_positive(owner, calibration_writes=self.calibration_writes, buffer_writes=self.buffer_writes)
         require_positive(owner, passages_per_forward=self.passages_per_forward)
         require_at_least_zero(owner, warmup_steps=self.warmup_steps, grad_clip=self.grad_clip, aux_k=self.aux_k)
-        require_positive(owner, keep=self.keep)
+        require_positive(owner, keep=self.keep, bandwidth_final=self.bandwidth_final)
         require_at_least_zero(owner, aux_weight=self.aux_weight, resample_every=self.resample_every)
-        require_at_least_zero(owner, sparsity_weight=self.sparsity_weight, save_every=self.save_every)
+        require_at_least_zero(owner, save_every=self.save_every)
         require_at_least_zero(owner, sparsity_warmup_steps=self.sparsity_warmup_steps)
         require_at_least_zero(owner, splice_passages=self.splice_passages)
         require_one_of(owner, "schedule", self.schedule, SCHEDULES)

@@ -96,7 +96,9 @@ class RunPlan(StrictConfig):
         listed = values.pop("jobs", None) or [{}]
         for name, value, kind in (("sae", everyone, Mapping), ("jobs", listed, list)):
             if not isinstance(value, kind):
-                raise ValueError(f"{name} must be a {'mapping' if kind is Mapping else 'list of mappings'}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be a {'mapping' if kind is Mapping else 'list of mappings'}, got {value!r}"
+                )
         jobs = [job for entry in listed for job in _expanded(entry, everyone, alone=len(listed) == 1)]
         plan: RunPlan = super().from_dict({**values, "jobs": jobs})
         return plan
@@ -183,7 +185,9 @@ def _expanded(entry: Any, everyone: Mapping[str, Any], alone: bool) -> Iterator[
         chosen = {**flat, **dict(zip(tried, values, strict=True))}
         dictionary = {name[4:]: value for name, value in chosen.items() if name.startswith("sae.")}
         job = {name: value for name, value in chosen.items() if not name.startswith("sae.")}
-        job.setdefault("name", "sae" if alone and not tried else f"{job.get('hook', JobPlan.hook)}.{job.get('head', 0)}")
+        job.setdefault(
+            "name", "sae" if alone and not tried else f"{job.get('hook', JobPlan.hook)}.{job.get('head', 0)}"
+        )
         marks = [f"{name.removeprefix('sae.')}{chosen[name]}" for name in tried if name not in ("hook", "head")]
         if "name" in entry:
             marks = [f"{name.removeprefix('sae.')}{chosen[name]}" for name in tried]

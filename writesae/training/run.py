@@ -25,8 +25,9 @@ from writesae.training.folder import RunFolder
 from writesae.training.interrupt import Interrupt, noted_interrupts
 from writesae.training.jobs import Job, Metrics, Text, TrainResult, Unseen, checked, describe, provenance, tokens_of
 from writesae.training.logging import Log, open_logs
+from writesae.training.metrics import measure
 from writesae.training.splice import loss_recovered
-from writesae.training.standin import ActivationStream, Source, calibrate_, measure
+from writesae.training.standin import ActivationStream, Source
 from writesae.training.together import anyone, merged
 from writesae.training.trainer import Line, Trainer
 
@@ -76,7 +77,7 @@ class Run:
             found = self.folder.claim(description, resume, self.world)
         if found is None:
             for name, trainer in self.trainers.items():
-                calibrate_(trainer.sae, self.sample[self.own[name].source])
+                trainer.sae.calibrate_(self.sample[self.own[name].source])
             return
         for name, state in checkpoint.read(found, list(self.own)).items():
             self.trainers[name].load_state_dict(state)
@@ -105,6 +106,7 @@ class Run:
         results: dict[str, TrainResult] = {}
         for name, trainer in self.trainers.items():
             source = self.own[name].source
+            trainer.sae.eval()
             metrics: Metrics = {"train": measure(trainer.sae, self.sample[source]).to_dict()}
             if heldout is not None and unseen is not None:
                 metrics["heldout"] = measure(trainer.sae, unseen[source]).to_dict()

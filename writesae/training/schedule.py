@@ -1,4 +1,4 @@
-"""What changes from step to step: the learning rate, and the weight of the sparsity term. Steps count from 0."""
+"""What changes from step to step: learning rate, weight of the sparsity penalty, jumprelu's window. Steps count from 0."""
 
 import math
 
@@ -17,6 +17,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr_min + (config.lr - config.lr_min) * left
 
 
-def sparsity_weight(step: int, config: TrainConfig) -> float:
-    """Weight of the sparsity term: up in a line over `sparsity_warmup_steps`, then constant."""
-    return config.sparsity_weight * min(1.0, (step + 1) / max(config.sparsity_warmup_steps, 1))
+def sparsity_share(step: int, config: TrainConfig) -> float:
+    """How much of the sparsity penalty counts: up in a line over `sparsity_warmup_steps`, then all of it."""
+    return min(1.0, (step + 1) / max(config.sparsity_warmup_steps, 1))
+
+
+def bandwidth_share(step: int, config: TrainConfig) -> float:
+    """jumprelu's window as a share of the first one: geometrically down to `bandwidth_final` at the last step."""
+    return config.bandwidth_final ** (step / max(config.steps - 1, 1))

@@ -7,36 +7,6 @@ import torch
 from hooked_recurrent.config import StrictConfig
 from writesae.sae.samples import Factored
 from writesae.stream.activations import collect_writes
-from writesae.training import metrics, revival
-
-
-def _pair(samples):
-    return samples.key[:, 0], samples.value[:, 0]
-
-
-def loss(sae, samples):
-    """Stand-in."""
-    return sae.loss(*_pair(samples))
-
-
-def calibrate_(sae, samples):
-    """Stand-in."""
-    sae.calibrate_(*_pair(samples))
-
-
-def auxiliary_loss(sae, samples, output, dead, k):
-    """Stand-in."""
-    return revival.auxiliary_loss(sae, *_pair(samples), output, dead, k)
-
-
-def resample(sae, optimizer, samples, errors, dead, generator):
-    """Stand-in."""
-    return revival.resample(sae, optimizer, *_pair(samples), errors, dead, generator)
-
-
-def measure(sae, samples):
-    """Stand-in."""
-    return metrics.measure(sae, *_pair(samples))
 
 
 class ActivationStream:

@@ -22,12 +22,9 @@ from torch import Tensor
 
 from writesae.config import TrainConfig
 from writesae.parallel import World
-from writesae.sae import WriteSAE
-from writesae.sae.samples import Factored, Samples
-from writesae.training.precision import scoring_in
-from writesae.training.revival import count_step, dead_atoms
-from writesae.training.schedule import learning_rate, sparsity_weight
-from writesae.training.standin import auxiliary_loss, loss, resample
+from writesae.sae import Factored, Samples, WriteSAE
+from writesae.training.revival import auxiliary_loss, count_step, dead_atoms, resample
+from writesae.training.schedule import bandwidth_share, learning_rate, sparsity_share
 
 Pair = tuple[Float[Tensor, "batch d_k"], Float[Tensor, "batch d_v"]]
 Batch = Samples | Pair
@@ -66,6 +63,7 @@ class Trainer:
             line = self.advance(batch)
             if on_step:
                 on_step(self.step, line)
+        self.sae.eval()
         return self.log
 
     def advance(self, batch: Batch) -> Line:
@@ -77,14 +75,13 @@ class Trainer:
         samples = batch if isinstance(batch, Samples) else Factored(*batch)
         share = self._share(samples)
         dead = dead_atoms(self.sae, self.config.dead_after)
-        with self._together(), scoring_in(self.config.precision, self.sae):
-            output = loss(self.sae, share)
+        with self._prepared():
+            output = self.sae.loss(share)
             aux = output.loss.new_zeros(())
             if self.config.aux_weight:
                 aux = auxiliary_loss(self.sae, share, output, dead, self.config.aux_k)
-        penalty = output.penalty if hasattr(output, "penalty") else output.loss.new_zeros(())
-        total = output.loss + self.config.aux_weight * aux + sparsity_weight(self.step, self.config) * penalty
-        numbers = torch.stack([total, output.loss, output.fvu, output.l0, aux, penalty]).detach()
+        total = output.loss + self.config.aux_weight * aux + output.penalty
+        numbers = torch.stack([total, output.loss, output.fvu, output.l0, aux, output.penalty]).detach()
         self.optimizer.zero_grad()
         if self.world.size > 1:
             weight = len(share) / len(samples)
@@ -94,10 +91,8 @@ class Trainer:
             total.backward()
         self._check(numbers[0])
         grad_norm = self._update()
-        count_step(self.sae, output.codes)
-        if self.world.size > 1:  # an atom is as old as its youngest count: it fired if it fired anywhere
-            self.sae.steps_since_active.copy_(-self.world.max_(-self.sae.steps_since_active))
-        self._move_dead_atoms(samples, output.errors)
+        count_step(self.sae, output.codes, self.world)
+        self._move_dead_atoms(share, output.errors)
         self._write_log(numbers[1:], dead, grad_norm)
         self.step += 1
         return self.log[-1]
@@ -152,14 +147,18 @@ class Trainer:
         return samples if self.world.size == 1 else samples.take(self.world.share(len(samples)))
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Sparsifiers that look at the whole batch see that of all processes, as long as this lasts."""
+    def _prepared(self) -> Iterator[None]:
+        """The dictionary in training, its sparsifier where the schedule has it, and looking at the batch of all processes."""
         activation: Any = self.sae.activation
+        activation.sparsity = self.sae.config.sparsity * sparsity_share(self.step, self.config)
+        activation.bandwidth = self.sae.config.bandwidth * bandwidth_share(self.step, self.config)
         activation.world = self.world
+        self.sae.scoring_dtype = torch.bfloat16 if self.config.precision == "bfloat16" else None
+        self.sae.train()
         try:
             yield
         finally:
-            activation.world = World()
+            activation.world, self.sae.scoring_dtype = World(), None
 
     def _sum_over_shares(self, numbers: Float[Tensor, " number"]) -> Float[Tensor, " number"]:
         """Add up gradients and numbers over the processes, in one exchange; returns the numbers."""
@@ -191,12 +190,11 @@ class Trainer:
         self.sae.decoder.normalise_()
         return grad_norm
 
-    def _move_dead_atoms(self, samples: Samples, errors: Float[Tensor, " share"]) -> None:
+    def _move_dead_atoms(self, share: Samples, errors: Float[Tensor, " share"]) -> None:
         every, done = self.config.resample_every, self.step + 1
         if every and done % every == 0 and done <= self.config.resample_until * self.config.steps:
             dead = dead_atoms(self.sae, self.config.dead_after)
-            everywhere = self.world.all_gather(errors)
-            self.resampled += resample(self.sae, self.optimizer, samples, everywhere, dead, self.generator)
+            self.resampled += resample(self.sae, self.optimizer, share, errors, dead, self.generator, self.world)
 
     def _write_log(self, numbers: Float[Tensor, " number"], dead: Tensor, grad_norm: Tensor) -> None:
         last = self.step + 1 == self.config.steps

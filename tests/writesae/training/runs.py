@@ -17,16 +17,16 @@ FORK = multiprocessing.get_context("fork")
 
 def config(**fields):
     """Everything that has a state is on: warm-up, auxiliary loss, resampling."""
-    few = {"steps": 40, "batch_size": 32, "warmup_steps": 4, "log_every": 10, "save_every": 8}
+    few = {"steps": 24, "batch_size": 32, "warmup_steps": 4, "log_every": 10, "save_every": 8}
     return TrainConfig(**{**few, "dead_after": 3, "resample_every": 6, "calibration_writes": 128, **fields})
 
 
 def jobs(**fields):
-    """Two heads, two seeds, two sparsities."""
+    """Two heads, two seeds, two sparsifiers, one of which looks at the whole batch."""
     size = {"d_k": 3, "d_v": 5, "n_atoms": 48, **fields}
     return [
         Job("first", Source(HOOKS.format(0), 1), WriteSAEConfig(k=2, **size)),
-        Job("other_head", Source(HOOKS.format(1), 2), WriteSAEConfig(k=3, seed=1, **size)),
+        Job("other_head", Source(HOOKS.format(1), 2), WriteSAEConfig(k=3, seed=1, activation="batch_topk", **size)),
         Job("other_seed", Source(HOOKS.format(0), 1), WriteSAEConfig(k=2, seed=5, **size)),
     ]
 

@@ -44,9 +44,9 @@ def test_the_folder_of_a_run(tmp_path, uninterrupted):
     results = run(jobs(), out, heldout=True, on_line=lambda name, line: told.append((name, line["step"])))
     assert distance(weights(results), uninterrupted) == 0.0
     names = [job.name for job in jobs()]
-    expected = [(name, step) for step in (0, 10, 20, 30, 39) for name in names]
+    expected = [(name, step) for step in (0, 10, 20, 23) for name in names]
     assert [(line["job"], line["step"]) for line in lines(out)] == told == expected
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000032", "step-00000040"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000016", "step-00000024"]
     described = json.loads((out / "config.json").read_text())
     assert (
         set(described) == {"format_version", "jobs", "training", "model", "tokens"} and list(described["jobs"]) == names
@@ -86,7 +86,7 @@ def killed_at(out, step, where):
     [
         (3, "step", []),
         (13, "step", [8]),
-        (29, "step", [16, 24]),
+        (21, "step", [8, 16]),
         (14, "_write_job", [8]),
         (15, "_put_in_place", [8]),
         (23, "_remove", [8, 16, 24]),
@@ -99,15 +99,15 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, step, where, 
     seen = []
     results = run(jobs(), tmp_path, resume=True, progress=lambda stage, done, total: seen.append(done))
     assert distance(weights(results), uninterrupted) == 0.0
-    assert len([done for done in seen if done]) == 40 - (left[-1] if left else 0)
+    assert len([done for done in seen if done]) == 24 - (left[-1] if left else 0)
     steps = [line["step"] for line in lines(tmp_path) if line["job"] == "first"]
-    assert steps == [0, 10, 20, 30, 39] == [line["step"] for line in results["first"].log]
+    assert steps == [0, 10, 20, 23] == [line["step"] for line in results["first"].log]
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 def test_going_on_from_an_older_checkpoint_when_the_newest_is_damaged(tmp_path, uninterrupted):
-    killed_at(tmp_path, 29, "step")
-    path = tmp_path / "checkpoints" / "step-00000024" / "other_head.safetensors"
+    killed_at(tmp_path, 21, "step")
+    path = tmp_path / "checkpoints" / "step-00000016" / "other_head.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.warns(UserWarning, match="truncated or changed"):
         results = run(jobs(), tmp_path, resume=True)
@@ -121,7 +121,7 @@ def test_an_interrupted_run_saves_first(tmp_path, uninterrupted, number):
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 11 of 40, saved in .*step-00000011"):
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 11 of 24, saved in .*step-00000011"):
         run(jobs(), tmp_path, progress=progress)
     assert signal.getsignal(number) is before
     assert [line["step"] for line in lines(tmp_path) if line["job"] == "first"] == [0, 10]
@@ -135,12 +135,12 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(tmp_path, uninterrupted,
     real = checkpoint.save_tensors
 
     def full(path, tensors, metadata):
-        if int(metadata["step"]) > 16:
+        if int(metadata["step"]) > 8:
             raise OSError(28, "No space left on device")
         return real(path, tensors, metadata)
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
-    with pytest.raises(OSError, match=r"after step 24 .*No space left.*newest finished one is .*step-00000016"):
+    with pytest.raises(OSError, match=r"after step 16 .*No space left.*newest finished one is .*step-00000008"):
         run(jobs(), tmp_path)
     monkeypatch.undo()
     assert distance(weights(run(jobs(), tmp_path, resume=True)), uninterrupted) == 0.0

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from writesae.config import SCHEDULES, TrainConfig
-from writesae.training.schedule import learning_rate, sparsity_weight
+from writesae.training.schedule import bandwidth_share, learning_rate, sparsity_share
 
 
 def test_the_cosine_warms_up_and_comes_down():
@@ -35,7 +35,8 @@ def test_the_rate_stays_between_its_ends(steps, warmup, schedule, lr, share):
     assert all(floor * (1 - 1e-9) <= rate <= lr * (1 + 1e-9) for rate in rates)
 
 
-def test_the_sparsity_term_grows_in():
-    config = TrainConfig(sparsity_weight=3.0, sparsity_warmup_steps=4)
-    assert [sparsity_weight(step, config) for step in range(6)] == pytest.approx([0.75, 1.5, 2.25, 3, 3, 3])
-    assert sparsity_weight(0, TrainConfig()) == 1.0
+def test_the_penalty_grows_in_and_the_window_narrows():
+    config = TrainConfig(steps=5, sparsity_warmup_steps=4, bandwidth_final=0.01)
+    assert [sparsity_share(step, config) for step in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert [bandwidth_share(step, config) for step in (0, 2, 4)] == pytest.approx([1, 0.1, 0.01])
+    assert sparsity_share(0, TrainConfig()) == bandwidth_share(7, TrainConfig()) == 1.0

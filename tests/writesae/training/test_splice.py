@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 
 from hooked_recurrent import WriteEdit
 from tests.hooked_recurrent.models import tiny_model, tokens_of
@@ -41,7 +40,7 @@ def test_the_two_ends_and_what_lies_between(name):
     assert perfect.loss_recovered == pytest.approx(1.0) and empty.loss_recovered == 0.0
     assert empty.loss_spliced == empty.loss_zeroed != empty.loss_native
     assert half.loss_spliced not in (half.loss_native, half.loss_zeroed)
-    assert perfect.loss_native == pytest.approx(float(model(tokens, return_type="loss")), rel=1e-12)
+    assert perfect.loss_native == pytest.approx(model(tokens, return_type="loss").item(), rel=1e-12)
 
 
 def test_a_write_at_half_strength_is_a_scaled_write():
@@ -49,7 +48,7 @@ def test_a_write_at_half_strength_is_a_scaled_write():
     found = loss_recovered(model, Scaling((3, 5), 0.5), Source(HOOKS["hook_write"][0], 1), tokens)
     for op, loss in (("delete", found.loss_zeroed), ("scale", found.loss_spliced)):
         edit = WriteEdit(0, 1, slice(0, 10), op, **({"scale": 0.5} if op == "scale" else {}))
-        assert loss == pytest.approx(float(model(tokens, return_type="loss", edits=[edit])), rel=1e-10)
+        assert loss == pytest.approx(model(tokens, return_type="loss", edits=[edit]).item(), rel=1e-10)
 
 
 def test_rebuilt_states_feed_back():
@@ -63,7 +62,7 @@ def test_rebuilt_states_feed_back():
         return state
 
     hooked = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(HOOKS["hook_state"][0], halved)])
-    assert found.loss_spliced == pytest.approx(float(hooked), rel=1e-12)
+    assert found.loss_spliced == pytest.approx(hooked.item(), rel=1e-12)
 
 
 def test_a_real_dictionary_and_no_passages():

@@ -82,6 +82,49 @@ def test_the_same_seeds_give_the_same_dictionary():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize("variant", [{}, {"encoder": "linear", "decoder": "dense"}, {"activation": "batch_topk"}])
+def test_bfloat16_ends_where_float32_does(variant):
+    quality = []
+    for precision in ("float32", "bfloat16"):
+        _, _, batches = planted()
+        sae = calibrated(WriteSAEConfig(d_k=16, d_v=12, n_atoms=48, k=2, **variant), batches)
+        trainer = Trainer(sae, TrainConfig(steps=80, batch_size=128, lr=1e-2, dead_after=20, precision=precision))
+        quality.append(trainer.run(batches)[-1]["fvu"])
+        for parameter in sae.parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all()
+            assert all(moment.dtype == torch.float32 for moment in trainer.optimizer.state[parameter].values())
+        assert sae.scoring_dtype is None
+    assert quality[0] != quality[1] and quality[1] == pytest.approx(quality[0], abs=0.01)
+    assert quality[0] < 0.5
+
+
+def test_the_sparsifier_follows_the_schedule():
+    _, _, batches = planted()
+    sae = calibrated(WriteSAEConfig(16, 12, n_atoms=48, activation="jumprelu", sparsity=2.0, bandwidth=0.1), batches)
+    trainer = Trainer(sae, TrainConfig(steps=5, sparsity_warmup_steps=2, bandwidth_final=0.01))
+    seen = []
+    for _ in range(5):
+        trainer.advance(next(batches))
+        seen.append((sae.activation.sparsity, sae.activation.bandwidth))
+    assert [sparsity for sparsity, _ in seen] == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0])
+    assert [bandwidth for _, bandwidth in seen][::2] == pytest.approx([0.1, 0.01, 0.001])
+    assert sae.activation.log_threshold.grad.abs().sum() > 0  # the penalty reaches the thresholds
+
+
+@pytest.mark.parametrize("change", [{"n_atoms": 47}, {"rank": 2}, {"center": True}, {"activation": "gated"}])
+def test_a_state_of_another_dictionary_is_refused(change):
+    _, _, batches = planted()
+    shape = {"d_k": 16, "d_v": 12, "n_atoms": 48, "k": 1}
+    trainer, other = (
+        Trainer(WriteSAE(WriteSAEConfig(**fields)), TrainConfig()) for fields in (shape, {**shape, **change})
+    )
+    other.advance(next(batches))
+    before = {name: tensor.clone() for name, tensor in other.sae.state_dict().items()}
+    with pytest.raises(ValueError, match="should be a tensor of shape"):
+        other.load_state_dict(trainer.state_dict())
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.sae.state_dict().items())
+
+
 def test_the_log_and_the_callback():
     _, _, batches = planted()
     seen = []
@@ -179,6 +222,10 @@ def test_train_refuses_what_does_not_fit_the_model(arguments, word):
         ({"aux_weight": -1.0}, "aux_weight must be at least 0"),
         ({"aux_weight": math.nan}, "aux_weight"),
         ({"buffer_writes": 10}, "must hold a batch of 256"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"precision": "float16"}, "did you mean 'bfloat16'"),
+        ({"log_to": ["tensorbord"]}, "did you mean 'tensorboard'"),
+        ({"keep": 0}, "keep must be greater than 0"),
         ({"learning_rate": 1.0}, "no field 'learning_rate'"),
     ],
 )
