@@ -27,6 +27,8 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML reads 5e-3, with
 _ANY_WIDTH = 1 << 20
 DICTIONARY = {"n_atoms": 1024, "k": 8}
 """What a dictionary is where the file says nothing."""
+TRAINING = {"steps": 3000}
+"""How it is trained where the file says nothing; the rest is as in `TrainConfig`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class RunPlan(StrictConfig):
     """A bundled model, a folder or a hub name."""
     text: TextPlan = field(default_factory=TextPlan)
     """What it reads."""
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(steps=3000))
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(**TRAINING))
     """How the dictionaries are trained."""
     jobs: tuple[JobPlan, ...] = (JobPlan(),)
     """The dictionaries."""
@@ -99,16 +101,15 @@ class RunPlan(StrictConfig):
                 raise ValueError(
                     f"{name} must be a {'mapping' if kind is Mapping else 'list of mappings'}, got {value!r}"
                 )
-        jobs = [job for entry in listed for job in _expanded(entry, everyone, alone=len(listed) == 1)]
-        plan: RunPlan = super().from_dict({**values, "jobs": jobs})
+        values["jobs"] = [job for entry in listed for job in _expanded(entry, everyone, alone=len(listed) == 1)]
+        parts: dict[str, type[StrictConfig]] = {"text": TextPlan, "training": TrainConfig}
+        for name, part in parts.items():
+            given = values.get(name) or {}
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name} must be a mapping, got {given!r}")
+            values[name] = part.from_dict({**TRAINING, **given} if part is TrainConfig else given)
+        plan: RunPlan = super().from_dict(values)
         return plan
-
-    def __post_init__(self) -> None:
-        for name, kind in (("text", TextPlan), ("training", TrainConfig)):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                value = {"steps": 3000, **value} if kind is TrainConfig else value
-                object.__setattr__(self, name, kind.from_dict(value))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, every default written out; `from_dict` makes the same plan of it."""
@@ -116,7 +117,7 @@ class RunPlan(StrictConfig):
         for job in self.jobs:
             dictionary = job.dictionary(_ANY_WIDTH, _ANY_WIDTH).to_dict()
             dictionary = {name: value for name, value in dictionary.items() if name not in ("d_k", "d_v")}
-            dictionary["matryoshka"] = [list(dictionary["matryoshka"])] if dictionary["matryoshka"] else []
+            dictionary["matryoshka"] = list(dictionary["matryoshka"])
             jobs.append({**asdict(job), "sae": dictionary})
         training = {**self.training.to_dict(), "log_to": list(self.training.log_to)}
         return {"model": self.model, "text": self.text.to_dict(), "training": training, "jobs": jobs}
@@ -146,22 +147,21 @@ def overridden(values: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str,
 
     "job.<field>" makes one job of that field instead of those of the file; "sae.<field>" counts for every job.
     """
-    merged = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    for name, value in flags.items():
-        if value is None:
-            continue
+    given = {name: value for name, value in flags.items() if value is not None}
+    merged = dict(values)
+    of_jobs = {name.removeprefix("job."): value for name, value in given.items() if name.startswith("job.")}
+    of_dictionaries = {name.removeprefix("sae."): value for name, value in given.items() if name.startswith("sae.")}
+    if of_jobs:
+        merged["jobs"] = [of_jobs]
+    if of_dictionaries:
+        jobs = merged.get("jobs") or [{}]
+        merged["jobs"] = [{**job, "sae": {**(job.get("sae") or {}), **of_dictionaries}} for job in jobs]
+    for name, value in given.items():
         part, _, key = name.partition(".")
         if not key:
             merged[part] = value
-        elif part == "job":
-            merged["jobs"] = [{**(merged["jobs"][0] if merged.get("_flagged") else {}), key: value}]
-            merged["_flagged"] = True
-        else:
+        elif part not in ("job", "sae"):
             merged[part] = {**(merged.get(part) or {}), key: value}
-            if part == "sae":
-                jobs = merged.get("jobs") or [{}]
-                merged["jobs"] = [{**job, "sae": {**(job.get("sae") or {}), key: value}} for job in jobs]
-    merged.pop("_flagged", None)
     return merged
 
 
@@ -185,13 +185,18 @@ def _expanded(entry: Any, everyone: Mapping[str, Any], alone: bool) -> Iterator[
         chosen = {**flat, **dict(zip(tried, values, strict=True))}
         dictionary = {name[4:]: value for name, value in chosen.items() if name.startswith("sae.")}
         job = {name: value for name, value in chosen.items() if not name.startswith("sae.")}
-        job.setdefault(
-            "name", "sae" if alone and not tried else f"{job.get('hook', JobPlan.hook)}.{job.get('head', 0)}"
-        )
+        job.setdefault("head", 0 if ".mixer." in job.get("hook", JobPlan.hook) else None)
+        job.setdefault("name", "sae" if alone and not tried else _name_of(job))
         marks = [f"{name.removeprefix('sae.')}{chosen[name]}" for name in tried if name not in ("hook", "head")]
         if "name" in entry:
             marks = [f"{name.removeprefix('sae.')}{chosen[name]}" for name in tried]
         yield JobPlan.from_dict({**job, "name": "-".join([job["name"], *marks]), "sae": dictionary})
+
+
+def _name_of(job: Mapping[str, Any]) -> str:
+    """blocks.2.mixer.hook_write of head 1 is called l2.hook_write.h1."""
+    hook = re.sub(r"^blocks\.(\d+)\.(mixer\.)?", r"l\1.", job.get("hook", JobPlan.hook))
+    return hook if job["head"] is None else f"{hook}.h{job['head']}"
 
 
 def _is_tried(name: str, value: Any) -> bool:
