@@ -43,6 +43,12 @@ class RunFolder:
         """Where the dictionary of a job is saved."""
         return self.out / "sae" / name if len(self.names) > 1 else self.out / "sae"
 
+    def contents(self) -> dict[str, Path]:
+        """What lies where, by what it is; only what is there."""
+        places = {"config": "config.json", "log": "log.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
+        places |= {"metrics": "metrics.json", "dictionaries" if len(self.names) > 1 else "dictionary": "sae"}
+        return {what: self.out / name for what, name in places.items() if (self.out / name).exists()}
+
     def claim(self, description: dict[str, Any], resume: bool, world: World) -> Path | None:
         """Take the folder for a run of this description; returns the checkpoint to go on from, if there is one.
 

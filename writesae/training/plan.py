@@ -27,7 +27,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # YAML reads 5e-3, with
 _ANY_WIDTH = 1 << 20
 DICTIONARY = {"n_atoms": 1024, "k": 8}
 """What a dictionary is where the file says nothing."""
-TRAINING = {"steps": 3000}
+TRAINING: dict[str, Any] = {"steps": 3000}
 """How it is trained where the file says nothing; the rest is as in `TrainConfig`."""
 
 

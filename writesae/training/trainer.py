@@ -23,6 +23,7 @@ from torch import Tensor
 from writesae.config import TrainConfig
 from writesae.parallel import World
 from writesae.sae import Factored, Samples, WriteSAE
+from writesae.sae.states import StateSequences
 from writesae.training.revival import auxiliary_loss, count_step, dead_atoms, resample
 from writesae.training.schedule import bandwidth_share, learning_rate, sparsity_share
 
@@ -142,9 +143,16 @@ class Trainer:
     # --- inside one step ---------------------------------------------------------------------------------------
 
     def _share(self, samples: Samples) -> Samples:
-        if len(samples) < self.world.size:
-            raise ValueError(f"a batch of {len(samples)} has nothing for some of the {self.world.size} processes")
-        return samples if self.world.size == 1 else samples.take(self.world.share(len(samples)))
+        """This process's part of a batch; the states of one passage stay together, so that running sums serve them."""
+        if self.world.size == 1:
+            return samples
+        together = samples.per_passage if isinstance(samples, StateSequences) else 1
+        parts = len(samples) // together
+        if parts < self.world.size:
+            what = "samples" if together == 1 else "passages"
+            raise ValueError(f"a batch of {parts} {what} has nothing for some of the {self.world.size} processes")
+        share = self.world.share(parts)
+        return samples.take(slice(share.start * together, share.stop * together))
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

@@ -1,0 +1,12 @@
+"""The command line: parses and calls. Progress goes to standard error; tables and --json to standard output.
+
+writesae demo        the whole experiment on a bundled model, with a report
+writesae train       learn dictionaries, of one head or of many, from flags or a file
+writesae replace     replace writes by the atoms of a saved dictionary
+writesae models      the models that ship with the package
+"""
+
+from writesae.cli import main, train
+from writesae.cli.base import app
+
+__all__ = ["app", "main", "train"]
