@@ -23,10 +23,13 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Samples per step (256).")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate after the warm-up (0.005).")] = None,
     precision: Annotated[str | None, typer.Option(help="'float32', or 'bfloat16' for the scores.")] = None,
-    passages: Annotated[int | None, typer.Option(help="Passages of the standard library's training files (1200).")] = None,
+    passages: Annotated[
+        int | None, typer.Option(help="Passages of the standard library's training files (1200).")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per passage (256).")] = None,
     log_to: Annotated[
-        list[str] | None, typer.Option(help="Also log to 'tensorboard', 'wandb' or 'trackio'; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Also log to 'tensorboard', 'wandb' or 'trackio'; may be given several times."),
     ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints (500).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
@@ -43,7 +46,14 @@ def train(
     """
     flags = {
         "model": model,
-        **{"job.hook": hook, "job.head": head, "sae.preset": preset, "sae.n_atoms": atoms, "sae.k": k, "sae.seed": seed},
+        **{
+            "job.hook": hook,
+            "job.head": head,
+            "sae.preset": preset,
+            "sae.n_atoms": atoms,
+            "sae.k": k,
+            "sae.seed": seed,
+        },
         **{"training.steps": steps, "training.batch_size": batch_size, "training.lr": lr, "training.seed": seed},
         **{"training.precision": precision, "training.save_every": save_every, "training.log_to": log_to},
         **{"text.passages": passages, "text.length": length, "text.seed": seed},

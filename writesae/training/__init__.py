@@ -2,7 +2,7 @@
 
 from writesae.training.jobs import Job, TrainResult
 from writesae.training.metrics import Quality, measure
-from writesae.training.run import train, train_many
+from writesae.training.run import stream_of, train, train_many
 from writesae.training.schedule import learning_rate
 from writesae.training.trainer import Trainer, fit
 
@@ -14,6 +14,7 @@ __all__ = [
     "fit",
     "learning_rate",
     "measure",
+    "stream_of",
     "train",
     "train_many",
 ]

@@ -8,14 +8,10 @@ metrics.json     quality at the end, by job and text
 tensorboard/     where asked for
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from hooked_recurrent.files import write_text
 from writesae.parallel import World
@@ -24,12 +20,6 @@ from writesae.training import checkpoint
 FORMAT_VERSION = 1
 FREE = ("training.save_every", "training.keep", "training.log_to", "training.log_project")
 """What may change when a run is resumed: nothing of it touches the numbers."""
-
-
-def fingerprint(tokens: Tensor) -> str:
-    """SHA-256 of the shape and the values of a tensor of tokens."""
-    whole = tokens.detach().to("cpu", torch.int64).contiguous()
-    return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()
 
 
 class RunFolder:
@@ -45,7 +35,12 @@ class RunFolder:
 
     def contents(self) -> dict[str, Path]:
         """What lies where, by what it is; only what is there."""
-        places = {"config": "config.json", "log": "log.jsonl", "tensorboard": "tensorboard", "checkpoints": "checkpoints"}
+        places = {
+            "config": "config.json",
+            "log": "log.jsonl",
+            "tensorboard": "tensorboard",
+            "checkpoints": "checkpoints",
+        }
         places |= {"metrics": "metrics.json", "dictionaries" if len(self.names) > 1 else "dictionary": "sae"}
         return {what: self.out / name for what, name in places.items() if (self.out / name).exists()}
 

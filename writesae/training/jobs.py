@@ -12,12 +12,12 @@ from hooked_recurrent import HookedRecurrentModel
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.sae import WriteSAE
 from writesae.stream.corpus import Passages
-from writesae.training.folder import fingerprint
-from writesae.training.standin import Source
+from writesae.stream.sources import WRITE, Source
+from writesae.stream.sources import describe as describe_source
+from writesae.stream.store import model_fingerprint, tokens_fingerprint
 from writesae.training.trainer import Line
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_LAYER = re.compile(r"blocks\.(\d+)\.")
 Text = Int[Tensor, "passage pos"] | Passages
 Unseen = Int[Tensor, "heldout_passage heldout_pos"] | Passages
 Metrics = dict[str, dict[str, int | float]]
@@ -82,8 +82,8 @@ def describe(model: HookedRecurrentModel, jobs: Sequence[Job], text: Text, confi
     return {
         "jobs": {job.name: job.to_dict() for job in jobs},
         "training": config.to_dict(),
-        "model": model.cfg.model_name,
-        "tokens": {**record_of(text), "sha256": fingerprint(tokens_of(text))},
+        "model": {"name": model.cfg.model_name, "weights": model_fingerprint(model)},
+        "tokens": {**record_of(text), "sha256": tokens_fingerprint(tokens_of(text))},
     }
 
 
@@ -91,16 +91,16 @@ def provenance(
     model: HookedRecurrentModel, job: Job, text: Text, heldout: Unseen | None, config: TrainConfig, metrics: Metrics
 ) -> dict[str, Any]:
     """Where a dictionary comes from, as plain JSON values: it is saved with the weights."""
-    match = _LAYER.match(job.source.hook)
-    layer = int(match.group(1)) if match else None
+    about = describe_source(model, job.source)
     return {
         "model": model.cfg.model_name,
-        "rule": None if layer is None else model.cfg.layer_types[layer],
+        "rule": None if about.layer is None else model.cfg.layer_types[about.layer],
         "hook": job.source.hook,
-        "layer": layer,
+        "layer": about.layer,
         "head": job.source.head,
         "layout": "key_first",
-        "write": job.source.form,
+        "kind": about.kind,
+        "write": job.source.form if about.kind == WRITE else None,
         "train_text": record_of(text),
         "heldout_text": None if heldout is None else record_of(heldout),
         "training": config.to_dict(),

@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.zoo.corpus import standard_library
 from writesae.parallel import World
 from writesae.stream.corpus import Passages, passages
+from writesae.stream.sources import Source, describe
 from writesae.training.jobs import Line, TrainResult
 from writesae.training.plan import RunPlan
 from writesae.training.run import train_many
-from writesae.training.sources import widths_of
 
 
 def launch(
@@ -27,11 +25,16 @@ def launch(
     on_line: Callable[[str, Line], None] | None = None,
 ) -> dict[str, TrainResult]:
     """Run a plan on a model that is loaded already; see `train_many` for what it raises."""
+
+    def widths(source: Source) -> tuple[int, int]:
+        about = describe(model, source)
+        return about.d_k, about.d_v
+
     text = _cut(model, plan, "train", plan.text.passages)
     heldout = _cut(model, plan, "heldout", plan.text.heldout_passages) if plan.text.heldout_passages else None
     return train_many(
         model,
-        plan.jobs_at(lambda source: widths_of(model, source)),
+        plan.jobs_at(widths),
         tokens=text,
         heldout=heldout,
         config=plan.training,

@@ -19,7 +19,12 @@ from hooked_recurrent.files import write_text
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.parallel import World
 from writesae.sae import WriteSAE
+from writesae.sae.samples import Samples
+from writesae.stream.activations import ActivationStream
 from writesae.stream.corpus import Passages
+from writesae.stream.sources import Source
+from writesae.stream.sources import describe as describe_source
+from writesae.stream.store import ActivationStore
 from writesae.training import checkpoint
 from writesae.training.folder import RunFolder
 from writesae.training.interrupt import Interrupt, noted_interrupts
@@ -27,7 +32,6 @@ from writesae.training.jobs import Job, Metrics, Text, TrainResult, Unseen, chec
 from writesae.training.logging import Log, open_logs
 from writesae.training.metrics import measure
 from writesae.training.splice import loss_recovered
-from writesae.training.standin import ActivationStream, Source
 from writesae.training.together import anyone, merged
 from writesae.training.trainer import Line, Trainer
 
@@ -47,7 +51,7 @@ class Run:
         config: TrainConfig,
         *,
         out: str | Path | None = None,
-        store: object = None,
+        store: ActivationStore | None = None,
         world: World | None = None,
         shard: bool = False,
         progress: Progress | None = None,
@@ -59,7 +63,7 @@ class Run:
         self.progress, self.on_line = progress, on_line
         self.folder = None if out is None else RunFolder(out, [job.name for job in self.jobs])
         self.stream = self._stream(text, store)
-        self.sample = self.stream.sample(config.calibration_writes)
+        self._sample: dict[Source, Samples] | None = None
         self._check_sizes()
         own = self.jobs[self.world.rank :: self.world.size] if self.shard else self.jobs
         self.own = {job.name: job for job in own}
@@ -69,15 +73,26 @@ class Run:
         }
         self.step = 0
 
+    @property
+    def sample(self) -> dict[Source, Samples]:
+        """Samples of the training text for calibration and for the metrics at the end; every process asks."""
+        if self._sample is None:
+            self._sample = self.stream.sample(self.config.calibration_writes)
+        return self._sample
+
     def start(self, resume: bool) -> None:
         """Go on from the newest checkpoint, or calibrate the dictionaries to begin."""
         found = None
         if self.folder is not None:
             description = describe(self.model, self.jobs, self.text, self.config)
             found = self.folder.claim(description, resume, self.world)
+        if self.stream.cached or found is None:
+            tell = self.progress
+            self.stream.prepare((lambda done, total: tell("writes", done, total)) if tell else None)
         if found is None:
+            sample = self.sample
             for name, trainer in self.trainers.items():
-                trainer.sae.calibrate_(self.sample[self.own[name].source])
+                trainer.sae.calibrate_(sample[self.own[name].source])
             return
         for name, state in checkpoint.read(found, list(self.own)).items():
             self.trainers[name].load_state_dict(state)
@@ -103,11 +118,12 @@ class Run:
     def finish(self, heldout: Unseen | None) -> dict[str, TrainResult]:
         """Measure and save the dictionaries."""
         unseen = None if heldout is None else self._stream(heldout, None).sample(HELDOUT_SAMPLES)
+        sample = self.sample
         results: dict[str, TrainResult] = {}
         for name, trainer in self.trainers.items():
             source = self.own[name].source
             trainer.sae.eval()
-            metrics: Metrics = {"train": measure(trainer.sae, self.sample[source]).to_dict()}
+            metrics: Metrics = {"train": measure(trainer.sae, sample[source]).to_dict()}
             if heldout is not None and unseen is not None:
                 metrics["heldout"] = measure(trainer.sae, unseen[source]).to_dict()
                 metrics["heldout"] |= self._spliced(trainer.sae, source, heldout)
@@ -131,27 +147,19 @@ class Run:
 
     def _check_sizes(self) -> None:
         for job in self.jobs:
-            samples = self.sample[job.source]
-            came, expected = (job.sae.d_k, job.sae.d_v), (samples.d_k, samples.d_v)
+            about = self.stream.about[job.source]
+            came, expected = (job.sae.d_k, job.sae.d_v), (about.d_k, about.d_v)
             if came != expected:
                 raise ValueError(
                     f"the dictionary of job {job.name!r} has (d_k, d_v) = {came}, but {job.source.hook} gives {expected}"
                 )
 
-    def _stream(self, text: Tensor | Passages, store: object) -> ActivationStream:
-        config = self.config
-        return ActivationStream(
-            self.model if store is None else store,
-            tokens_of(text),
-            list(dict.fromkeys(job.source for job in self.jobs)),
-            batch_size=config.batch_size,
-            passages_per_forward=config.passages_per_forward,
-            skip_positions=config.skip_positions,
-            cache_bytes=config.cache_bytes,
-            buffer_samples=config.buffer_writes,
-            seed=config.seed,
-            world=self.world,
-        )
+    def _stream(self, text: Tensor | Passages, store: ActivationStore | None) -> ActivationStream:
+        sources = list(dict.fromkeys(job.source for job in self.jobs))
+        problem = None if store is None else store.mismatch(self.model, tokens_of(text), sources)
+        if problem:
+            raise ValueError(f"the store cannot serve this run: {problem}")
+        return stream_of(self.model if store is None else store, text, sources, self.config, self.world)
 
     def _spliced(self, sae: WriteSAE, source: Source, heldout: Tensor | Passages) -> dict[str, float]:
         passages = tokens_of(heldout)[: self.config.splice_passages]
@@ -201,6 +209,28 @@ class Run:
         return checkpoint.write(self.folder.checkpoints, self.step, states, keep=self.config.keep, world=self.world)
 
 
+def stream_of(
+    origin: HookedRecurrentModel | ActivationStore,
+    text: Tensor | Passages,
+    sources: Sequence[Source],
+    config: TrainConfig,
+    world: World | None = None,
+) -> ActivationStream:
+    """The stream that a training run reads these tokens through."""
+    return ActivationStream(
+        origin,
+        tokens_of(text),
+        sources,
+        batch_size=config.batch_size,
+        passages_per_forward=config.passages_per_forward,
+        skip_positions=config.skip_positions,
+        cache_bytes=config.cache_bytes,
+        buffer_samples=config.buffer_writes,
+        seed=config.seed,
+        world=world,
+    )
+
+
 def train_many(
     model: HookedRecurrentModel,
     jobs: Sequence[Job],
@@ -210,7 +240,7 @@ def train_many(
     config: TrainConfig | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    store: object = None,
+    store: ActivationStore | None = None,
     world: World | None = None,
     shard: bool = False,
     progress: Progress | None = None,
@@ -220,7 +250,8 @@ def train_many(
 
     Args:
         model: the language model, which stays as it is.
-        jobs: what to train; each result is what the job gives when it is trained alone.
+        jobs: what to train; each result is what the job gives when it is trained alone (but beside states, which come by
+            whole passages, writes and vectors are drawn in another order).
         tokens: passages to stream; `Passages` also leave their split and fingerprint in the provenance.
         heldout: passages that are only measured, at the end.
         config: how to train, the same for every job.
@@ -271,15 +302,15 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Train one dictionary on the writes of one head, or on any other hook: `train_many` with a single job.
+    """Train one dictionary on the writes of one head, or on any other hook: `train_many` with a single job called "sae".
 
     Args:
         model: the language model, which stays as it is.
         hook: the hook whose activations are learned, such as "blocks.{layer}.mixer.hook_write".
-        head: value head of that layer.
+        head: head of that layer; None for hooks without heads.
         tokens: passages to stream; `Passages` also leave their split and fingerprint in the provenance.
         config: how to train.
-        sae_config: the dictionary; by default the paper's 2,048 atoms and k = 32 at the model's d_k and d_v.
+        sae_config: the dictionary; by default the paper's 2,048 atoms and k = 32 at the widths of the hook.
         heldout: passages that are only measured, at the end.
         out: folder of the run: log, checkpoints and the dictionary.
         resume: go on from the newest checkpoint in `out`.
@@ -289,7 +320,9 @@ def train(
         ValueError: see `train_many`.
     """
     source = Source(hook, head)
-    sae_config = sae_config or WriteSAEConfig(d_k=model.cfg.d_k, d_v=model.cfg.d_v)
+    if sae_config is None:
+        about = describe_source(model, source)
+        sae_config = WriteSAEConfig(d_k=about.d_k, d_v=about.d_v)
     job = Job("sae", source, sae_config)
     results = train_many(
         model, [job], tokens=tokens, heldout=heldout, config=config, out=out, resume=resume, progress=progress

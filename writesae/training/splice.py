@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
-from writesae.sae import WriteSAE
-from writesae.training.standin import Source, kind_of
+from writesae.sae import Factored, WriteSAE
+from writesae.stream.sources import VECTOR, Source, collect, describe
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -59,16 +59,27 @@ def loss_recovered(
     """
     if len(tokens) == 0:
         raise ValueError("loss_recovered needs at least one passage")
-    vector = kind_of(model, source) == "vector"
+    if source.form == "net":
+        parts = [_net_losses(model, sae, source, passage[None]) for passage in tokens]
+    else:
+        vector = describe(model, source).kind == VECTOR
 
-    def rebuilt(x: Tensor) -> Tensor:
-        return sae(x[..., None])[..., 0] if vector else sae(x)
+        def rebuilt(x: Tensor) -> Tensor:
+            return sae(x[..., None])[..., 0] if vector else sae(x)
 
-    native, spliced, zeroed = (
-        sum(_loss(model, source, passage[None], replace) for passage in tokens) / len(tokens)
-        for replace in (None, rebuilt, torch.zeros_like)
-    )
-    return Spliced(native, spliced, zeroed)
+        changes = (None, rebuilt, torch.zeros_like)
+        parts = [[_loss(model, source, passage[None], change) for change in changes] for passage in tokens]
+    return Spliced(*(sum(losses) / len(tokens) for losses in zip(*parts, strict=True)))
+
+
+def _net_losses(model: HookedRecurrentModel, sae: WriteSAE, source: Source, tokens: Tensor) -> list[float]:
+    """The three losses of one passage whose net writes are rebuilt; what changes them is added to the additive writes."""
+    record = collect(model, tokens, [source])[source]
+    samples = Factored(record["key"].flatten(0, 1), record["value"].flatten(0, 1))
+    native = samples.matrices().view(*tokens.shape, samples.d_k, samples.d_v)
+    rebuilt = sae.decode(sae.encode_samples(samples)).view_as(native)
+    shifts = (None, rebuilt - native, -native)
+    return [_loss(model, source, tokens, None if shift is None else shift.add) for shift in shifts]
 
 
 def _loss(model: HookedRecurrentModel, source: Source, tokens: Tensor, replace: Replace | None) -> float:

@@ -93,7 +93,9 @@ def test_what_is_wrong_is_named(values, word):
         RunPlan.from_dict(values)
 
 
-@pytest.mark.parametrize(("text", "word"), [("a: [", "cannot be read"), ("- 1", "must hold a mapping"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "word"), [("a: [", "cannot be read"), ("- 1", "must hold a mapping"), (None, "cannot be read")]
+)
 def test_a_file_that_is_no_plan(tmp_path, text, word):
     path = tmp_path / "run.yaml"
     if text is not None:

@@ -7,8 +7,9 @@ import signal
 import pytest
 import torch
 
+from tests.hooked_recurrent.models import tiny_model, tokens_of
 from tests.writesae.training.runs import HOOKS, config, distance, in_child, jobs, one_thread, run, weights
-from writesae import WriteSAE, WriteSAEConfig
+from writesae import ActivationStore, WriteSAE, WriteSAEConfig
 from writesae.training import checkpoint
 from writesae.training.jobs import Job, Source
 
@@ -97,9 +98,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, step, where, 
     found = checkpoint.finished(tmp_path / "checkpoints")
     assert [int(path.name.removeprefix("step-")) for path in found] == left
     seen = []
-    results = run(jobs(), tmp_path, resume=True, progress=lambda stage, done, total: seen.append(done))
+    results = run(jobs(), tmp_path, resume=True, progress=lambda stage, done, total: seen.append(stage))
     assert distance(weights(results), uninterrupted) == 0.0
-    assert len([done for done in seen if done]) == 24 - (left[-1] if left else 0)
+    assert seen.count("steps") == 24 - (left[-1] if left else 0)
     steps = [line["step"] for line in lines(tmp_path) if line["job"] == "first"]
     assert steps == [0, 10, 20, 23] == [line["step"] for line in results["first"].log]
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -112,6 +113,51 @@ def test_going_on_from_an_older_checkpoint_when_the_newest_is_damaged(tmp_path, 
     with pytest.warns(UserWarning, match="truncated or changed"):
         results = run(jobs(), tmp_path, resume=True)
     assert distance(weights(results), uninterrupted) == 0.0
+
+
+def kinds():
+    """Net writes, states by running sums, vectors of a head and of the residual stream; another sparsifier for each."""
+    size = {"n_atoms": 32, "k": 3}
+    hook = "blocks.0.mixer.{}".format
+    return [
+        Job("net", Source(hook("hook_write"), 1, "net"), WriteSAEConfig(3, 5, activation="gated", **size)),
+        Job("state", Source(hook("hook_state"), 0), WriteSAEConfig(3, 5, activation="jumprelu", center=True, **size)),
+        Job("read", Source(hook("hook_read"), 3), WriteSAEConfig.preset("flat", 5, 1, **size)),
+        Job(
+            "stream", Source("blocks.1.hook_resid_post"), WriteSAEConfig.preset("flat", 12, 1, matryoshka=(8,), **size)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("fields", [{}, {"cache_bytes": 0, "buffer_writes": 64}])
+def test_every_kind_of_source_goes_on_bit_for_bit(tmp_path, fields):
+    chosen = config(**fields, batch_size=64, splice_passages=1)
+    whole = run(kinds(), config=chosen, heldout=True)
+    for name, result in whole.items():
+        assert {"loss_recovered", "cosine"} < set(result.metrics["heldout"]), name
+        assert 0 < result.metrics["heldout"]["l0"] and result.log[-1]["fvu"] < 2, name
+
+    def progress(stage, done, total):
+        if (stage, done) == ("steps", 11):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(kinds(), tmp_path, config=chosen, progress=progress)
+    assert distance(weights(run(kinds(), tmp_path, resume=True, config=chosen)), weights(whole)) == 0.0
+    origin = {name: WriteSAE.load(tmp_path / "sae" / name).provenance for name in whole}
+    assert [(o["kind"], o["write"], o["layer"]) for o in origin.values()] == [
+        ("write", "net", 0), ("state", None, 0), ("vector", None, 0), ("vector", None, 1),
+    ]  # fmt: skip
+
+
+def test_a_store_serves_as_the_model_does(tmp_path, uninterrupted):
+    model = tiny_model()
+    sources = list(dict.fromkeys(job.source for job in jobs()))
+    tokens = tokens_of(model, batch=12, length=20)
+    store = ActivationStore.write(tmp_path / "store", model, tokens, sources, dtype="float32")
+    assert distance(weights(run(jobs(), store=store)), uninterrupted) == 0.0
+    with pytest.raises(ValueError, match="the store cannot serve this run: other tokens"):
+        run(jobs(), store=store, length=21)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import torch
 
 from hooked_recurrent import WriteEdit
 from tests.hooked_recurrent.models import tiny_model, tokens_of
-from writesae import WriteSAE, WriteSAEConfig
-from writesae.training.jobs import Source
+from writesae import Codes, Source, WriteSAE, WriteSAEConfig
+from writesae.stream import collect
 from writesae.training.splice import Spliced, loss_recovered
 
 HOOKS = {
@@ -30,6 +31,17 @@ class Scaling(WriteSAE):
         return self.factor * x
 
 
+class Rebuilding(Scaling):
+    """The same by encoding and decoding, which pass the matrices on in the codes' values."""
+
+    def encode_samples(self, samples):
+        x = samples.matrices().flatten(1)
+        return Codes(torch.arange(x.shape[1]).expand(x.shape), x)
+
+    def decode(self, codes):
+        return self.factor * codes.values.unflatten(1, (self.config.d_k, self.config.d_v))
+
+
 @pytest.mark.parametrize("name", HOOKS)
 def test_the_two_ends_and_what_lies_between(name):
     hook, head, widths = HOOKS[name]
@@ -49,6 +61,27 @@ def test_a_write_at_half_strength_is_a_scaled_write():
     for op, loss in (("delete", found.loss_zeroed), ("scale", found.loss_spliced)):
         edit = WriteEdit(0, 1, slice(0, 10), op, **({"scale": 0.5} if op == "scale" else {}))
         assert loss == pytest.approx(model(tokens, return_type="loss", edits=[edit]).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["gated_delta_net", "rwkv7"])
+def test_a_net_write_takes_its_erase_with_it(rule):
+    """Without the net writes of the native run nothing of them is left: only what feeds back from the changed states."""
+    model, head = tiny_model((rule, rule)), 1
+    tokens, source = tokens_of(model, batch=1, length=10), Source(HOOKS["hook_write"][0], head, "net")
+    perfect = loss_recovered(model, Rebuilding((3, 5), 1.0), source, tokens)
+    assert perfect.loss_spliced == pytest.approx(perfect.loss_native, rel=1e-6) != perfect.loss_zeroed
+    record = collect(model, tokens, [source])[source]
+    net = record["key"].mT @ record["value"]
+
+    def less(write, hook):
+        write = write.clone()
+        write[:, :, head] -= net
+        return write
+
+    hooked = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(source.hook, less)])
+    assert perfect.loss_zeroed == pytest.approx(hooked.item(), rel=1e-12)
+    half = loss_recovered(model, Rebuilding((3, 5), 0.5), source, tokens)
+    assert half.loss_spliced not in (half.loss_native, half.loss_zeroed)
 
 
 def test_rebuilt_states_feed_back():

@@ -8,6 +8,8 @@ import torch
 
 from tests.hooked_recurrent.models import HYBRID, tiny_model, tokens_of
 from writesae import Passages, TrainConfig, WriteSAE, WriteSAEConfig, fit, train
+from writesae.parallel import World
+from writesae.sae.states import StateSequences
 from writesae.training import Trainer
 
 HOOK = "blocks.1.mixer.hook_write"
@@ -125,6 +127,16 @@ def test_a_state_of_another_dictionary_is_refused(change):
     assert all(torch.equal(before[name], tensor) for name, tensor in other.sae.state_dict().items())
 
 
+def test_the_states_of_a_passage_stay_in_one_process():
+    states = StateSequences(-torch.rand(5, 7), torch.randn(5, 7, 3), torch.randn(5, 7, 4), skip=1)
+    sae = WriteSAE(WriteSAEConfig(3, 4, n_atoms=8, k=2))
+    shares = [Trainer(sae, TrainConfig(), World(rank, 2))._share(states) for rank in range(2)]
+    assert [len(share) for share in shares] == [12, 18] and all(isinstance(share, StateSequences) for share in shares)
+    torch.testing.assert_close(torch.cat([share.matrices() for share in shares]), states.matrices())
+    with pytest.raises(ValueError, match="5 passages has nothing for some of the 6 processes"):
+        Trainer(sae, TrainConfig(), World(0, 6)).advance(states)
+
+
 def test_the_log_and_the_callback():
     _, _, batches = planted()
     seen = []
@@ -166,7 +178,7 @@ def test_train_on_a_model_by_hook_name(tmp_path, cache_bytes):
     tokens = tokens_of(model, batch=12, length=20)
     text = Passages(tokens, ("a.py",) * 12, (0,) * 12, "train", "f00d", 3, 1, 0)
     config = TrainConfig(
-        steps=100, batch_size=64, cache_bytes=cache_bytes, buffer_writes=128, passages_per_forward=5, log_every=5
+        steps=50, batch_size=64, cache_bytes=cache_bytes, buffer_writes=128, passages_per_forward=5, log_every=5
     )
     told = []
     result = train(
@@ -181,7 +193,7 @@ def test_train_on_a_model_by_hook_name(tmp_path, cache_bytes):
     )
     assert result.log[-1]["loss"] < 0.8 * result.log[0]["loss"]
     assert set(result.metrics) == {"train", "heldout"} and result.metrics["heldout"]["n_writes"] == 16
-    assert told[-1] == ("steps", 100, 100) and (("writes", 12, 12) in told) == bool(cache_bytes)
+    assert told[-1] == ("steps", 50, 50) and (("writes", 12, 12) in told) == bool(cache_bytes)
     loaded = WriteSAE.load(result.sae.save(tmp_path / "sae"))
     origin = loaded.provenance
     assert (origin["hook"], origin["layer"], origin["head"], origin["layout"]) == (HOOK, 1, 2, "key_first")
@@ -201,7 +213,7 @@ def test_train_takes_the_sizes_of_the_model_by_default():
     ("arguments", "word"),
     [
         ({"hook": "blocks.9.mixer.hook_write"}, "layer 9 has no writes"),
-        ({"hook": "blocks.0.mixer.hook_state"}, "not on 'blocks.0.mixer.hook_state'"),
+        ({"hook": "blocks.1.attn.hook_pattern"}, "no vector per token"),
         ({"hook": "blocks.0.mixer.hook_wirte"}, "did you mean 'blocks.0.mixer.hook_write'"),
         ({"head": 4}, "head must be 0..3, got 4"),
         ({"sae_config": WriteSAEConfig(d_k=5, d_v=3, n_atoms=4, k=1)}, r"\(5, 3\).*\(3, 5\)"),
