@@ -17,7 +17,7 @@ from torch import Tensor
 
 def generator_of(*numbers: int) -> torch.Generator:
     """A generator that follows from these numbers, and differs for any others."""
-    state = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    state = int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state >> 1)
 
 
