@@ -2,11 +2,12 @@
 
 writesae demo        the whole experiment on a bundled model, with a report
 writesae train       learn dictionaries, of one head or of many, from flags or a file
+writesae cache       keep what they are trained on on disk, and list what is there
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae models      the models that ship with the package
 """
 
-from writesae.cli import main, train
+from writesae.cli import cache, main, train
 from writesae.cli.base import app
 
-__all__ = ["app", "main", "train"]
+__all__ = ["app", "cache", "main", "train"]

@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 console, log = Console(), Console(stderr=True)
 STAGES = {
+    "cache": "writing to disk",
     "writes": "reading writes",
     "steps": "training atoms",
     "survey": "surveying cells",
@@ -32,24 +33,22 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random; the same see
 
 
 class Bars:
-    """A live bar per stage; the latest note stands behind the stage that last moved."""
+    """A live bar per stage, with a note behind it."""
 
     def __init__(self, bars: Progress):
         self.bars = bars
         self.tasks: dict[str, TaskID] = {}
-        self.last = ""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """So much of a stage is done."""
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(STAGES.get(stage, stage), total=total, note="")
         self.bars.update(self.tasks[stage], completed=done, total=total)
-        self.last = stage
 
-    def note(self, text: str) -> None:
-        """Numbers to show behind the current bar."""
-        if self.last:
-            self.bars.update(self.tasks[self.last], note=text)
+    def note(self, stage: str, text: str) -> None:
+        """Numbers to show behind the bar of a stage that has begun."""
+        if stage in self.tasks:
+            self.bars.update(self.tasks[stage], note=text)
 
 
 @contextmanager

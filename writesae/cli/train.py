@@ -1,12 +1,15 @@
 """`writesae train`: a run from flags, from a file, or from a file with flags on top."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from writesae.cli.base import Json, app, console, load_model, plain_errors, print_json, progress
 from writesae.report.terminal import quality_table
+
+if TYPE_CHECKING:
+    from writesae.training.plan import RunPlan
 
 
 @app.command()
@@ -33,6 +36,10 @@ def train(
     ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints (500).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Read from this cache on disk (see `writesae cache`), written first where it is missing."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: split the jobs, not the batches.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
@@ -67,10 +74,10 @@ def train(
             return
         if out is None:
             raise ValueError("give the run a folder: --out FOLDER")
-        _run(plan, out, resume, shard, as_json)
+        _run(plan, out, as_json, cache=cache, resume=resume, shard=shard)
 
 
-def _print_plan(plan, as_json: bool) -> None:
+def _print_plan(plan: "RunPlan", as_json: bool) -> None:
     import yaml
 
     resolved = plan.to_dict()
@@ -80,7 +87,7 @@ def _print_plan(plan, as_json: bool) -> None:
         typer.echo(yaml.safe_dump(resolved, sort_keys=False), nl=False)
 
 
-def _run(plan, out: Path, resume: bool, shard: bool, as_json: bool) -> None:
+def _run(plan: "RunPlan", out: Path, as_json: bool, **options: Any) -> None:
     from writesae.parallel import World
     from writesae.training.folder import RunFolder
     from writesae.training.launch import launch
@@ -88,13 +95,13 @@ def _run(plan, out: Path, resume: bool, shard: bool, as_json: bool) -> None:
     world = World.current()
     loaded = load_model(plan.model)
     with progress(world.is_main) as bars:
-        latest: dict[str, dict[str, float]] = {}
+        latest: dict[str, dict[str, int | float]] = {}
 
-        def on_line(name: str, line: dict) -> None:
+        def on_line(name: str, line: dict[str, int | float]) -> None:
             latest[name] = line
-            bars.note(in_short(latest))
+            bars.note("steps", in_short(latest))
 
-        results = launch(loaded, plan, out, resume=resume, shard=shard, world=world, progress=bars, on_line=on_line)
+        results = launch(loaded, plan, out, world=world, progress=bars, on_line=on_line, **options)
     if not world.is_main:
         return
     folder = RunFolder(out, [job.name for job in plan.jobs])
@@ -104,13 +111,13 @@ def _run(plan, out: Path, resume: bool, shard: bool, as_json: bool) -> None:
         print_json({"out": str(out), "saved": saved, "metrics": metrics})
         return
     for name, result in results.items():
-        console.print(quality_table(result.metrics), f"of {name}" if len(results) > 1 else "")
+        console.print(quality_table(result.metrics, name if len(results) > 1 else "dictionary"))
     for what, path in folder.contents().items():
         console.print(f"{what:>14}  {path}", highlight=False, soft_wrap=True)
     console.print(f"Next: writesae replace --sae {next(iter(saved.values()))}", highlight=False, soft_wrap=True)
 
 
-def in_short(latest: dict[str, dict[str, float]]) -> str:
+def in_short(latest: dict[str, dict[str, int | float]]) -> str:
     """The latest lines of all jobs in one: single numbers, or from the least to the most."""
     parts = []
     for number, form in (("fvu", ".3f"), ("l0", ".1f"), ("dead", ".0f")):

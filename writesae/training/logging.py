@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from hooked_recurrent.files import write_text
 
 Line = dict[str, int | float]
+_MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
 class Log(ABC):
@@ -57,10 +58,7 @@ class TensorBoard(Log):
     """One run of TensorBoard per job, in <folder>/<job>; curves past `first_step` of an earlier run are purged."""
 
     def __init__(self, folder: Path, first_step: int):
-        try:
-            self.writer_class: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        except ImportError:
-            raise ValueError(_not_installed("tensorboard")) from None
+        self.writer_class: Any = _module(_MODULES["tensorboard"], "tensorboard").SummaryWriter
         self.folder, self.first_step = folder, first_step
         self.writers: dict[str, Any] = {}
 
@@ -82,10 +80,7 @@ class Tracker(Log):
     """wandb or trackio, which share their calls: one run; with several jobs the numbers are called <job>/<number>."""
 
     def __init__(self, package: str, project: str, name: str | None, config: dict[str, Any], several: bool):
-        try:
-            self.module: ModuleType = importlib.import_module(package)
-        except ImportError:
-            raise ValueError(_not_installed(package)) from None
+        self.module = _module(package, package)
         self.several = several
         self.run = self.module.init(project=project, name=name, config=config)
 
@@ -113,11 +108,10 @@ def open_logs(
 
     Raises `ValueError` where a package that is asked for is not installed, and for TensorBoard without a folder `out`.
     """
+    check_logs(log_to, out)
     logs: list[Log] = []
     for name in log_to:
-        if name == "tensorboard":
-            if out is None:
-                raise ValueError("log_to 'tensorboard' writes files: give the run a folder out")
+        if name == "tensorboard" and out is not None:
             logs.append(TensorBoard(out / "tensorboard", first_step))
         else:
             run = None if out is None else out.name
@@ -127,5 +121,17 @@ def open_logs(
     return logs
 
 
-def _not_installed(package: str) -> str:
-    return f"log_to {package!r} needs the package {package}, which is not installed: pip install {package}"
+def check_logs(log_to: Sequence[str], out: Path | None) -> None:
+    """Raise `ValueError`, before anything else is done, where `open_logs` would."""
+    for name in log_to:
+        if name == "tensorboard" and out is None:
+            raise ValueError("log_to 'tensorboard' writes files: give the run a folder out")
+        _module(_MODULES.get(name, name), name)
+
+
+def _module(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        said = f"log_to {package!r} needs the package {package}, which is not installed: pip install {package}"
+        raise ValueError(said) from None

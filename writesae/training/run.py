@@ -29,7 +29,7 @@ from writesae.training import checkpoint
 from writesae.training.folder import RunFolder
 from writesae.training.interrupt import Interrupt, noted_interrupts
 from writesae.training.jobs import Job, Metrics, Text, TrainResult, Unseen, checked, describe, provenance, tokens_of
-from writesae.training.logging import Log, open_logs
+from writesae.training.logging import Log, check_logs, open_logs
 from writesae.training.metrics import measure
 from writesae.training.splice import loss_recovered
 from writesae.training.together import anyone, merged
@@ -62,6 +62,8 @@ class Run:
         self.shard = shard and self.world.size > 1
         self.progress, self.on_line = progress, on_line
         self.folder = None if out is None else RunFolder(out, [job.name for job in self.jobs])
+        if self.world.is_main:
+            check_logs(config.log_to, None if self.folder is None else self.folder.out)
         self.stream = self._stream(text, store)
         self._sample: dict[Source, Samples] | None = None
         self._check_sizes()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def kinds():
 
 @pytest.mark.parametrize("fields", [{}, {"cache_bytes": 0, "buffer_writes": 64}])
 def test_every_kind_of_source_goes_on_bit_for_bit(tmp_path, fields):
-    chosen = config(**fields, batch_size=64, splice_passages=1)
+    chosen = config(**fields, steps=14, batch_size=64, splice_passages=1)
     whole = run(kinds(), config=chosen, heldout=True)
     for name, result in whole.items():
         assert {"loss_recovered", "cosine"} < set(result.metrics["heldout"]), name
@@ -223,6 +224,13 @@ def test_a_folder_that_is_no_runs_is_refused(tmp_path):
     (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
     with pytest.raises(ValueError, match="checkpoints but no config.json"):
         run(jobs()[:1], tmp_path)
+
+
+def test_a_log_that_cannot_be_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        run(jobs(), tmp_path / "out", config=config(log_to=("wandb",)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

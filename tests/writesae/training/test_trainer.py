@@ -191,7 +191,7 @@ def test_train_on_a_model_by_hook_name(tmp_path, cache_bytes):
         heldout=tokens_of(model, batch=2, length=9, seed=1),
         progress=lambda *args: told.append(args),
     )
-    assert result.log[-1]["loss"] < 0.8 * result.log[0]["loss"]
+    assert result.log[-1]["loss"] < 0.9 * result.log[0]["loss"]
     assert set(result.metrics) == {"train", "heldout"} and result.metrics["heldout"]["n_writes"] == 16
     assert told[-1] == ("steps", 50, 50) and (("writes", 12, 12) in told) == bool(cache_bytes)
     loaded = WriteSAE.load(result.sae.save(tmp_path / "sae"))
