@@ -2,7 +2,7 @@
 
 import json
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -54,7 +54,9 @@ def test_tensorboard_needs_a_folder():
 def test_trackers_get_the_numbers_by_step(monkeypatch, name):
     calls = []
     run = SimpleNamespace(log=lambda numbers, step: calls.append((step, numbers)))
-    module = SimpleNamespace(init=lambda **given: calls.append(given) or run, finish=lambda: calls.append("finished"))
+    module = ModuleType(name)
+    module.init = lambda **given: calls.append(given) or run
+    module.finish = lambda: calls.append("finished")
     monkeypatch.setitem(sys.modules, name, module)
     for before, key in (({"a": []}, "loss"), ({"a": [], "b": []}, "a/loss")):
         calls.clear()
