@@ -94,15 +94,15 @@ def provenance(
     about = describe_source(model, job.source)
     return {
         "model": model.cfg.model_name,
+        "weights": model_fingerprint(model),
         "rule": None if about.layer is None else model.cfg.layer_types[about.layer],
         "hook": job.source.hook,
         "layer": about.layer,
         "head": job.source.head,
         "layout": "key_first",
         "kind": about.kind,
-        "write": job.source.form if about.kind == WRITE else None,
-        "train_text": record_of(text),
-        "heldout_text": None if heldout is None else record_of(heldout),
+        "form": job.source.form if about.kind == WRITE else None,
+        "split": {"train": record_of(text), "heldout": None if heldout is None else record_of(heldout)},
         "training": config.to_dict(),
         "metrics": metrics,
     }

@@ -11,6 +11,7 @@ is 1 for a perfect dictionary and 0 for one that is no better than an empty memo
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from operator import mul
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from writesae.sae import Factored, WriteSAE
 from writesae.stream.sources import VECTOR, Source, collect, describe
 
 Replace = Callable[[Tensor], Tensor]
+_BYTES_AT_ONCE = 1 << 28  # of the matrices of all heads, which a hook on writes or states makes the model form
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Spliced:
 def loss_recovered(
     model: HookedRecurrentModel, sae: WriteSAE, source: Source, tokens: Int[Tensor, "passage pos"]
 ) -> Spliced:
-    """The three losses on these passages, one passage at a time.
+    """The three losses on these passages, a few at a time.
 
     A write is replaced at hook_write, by its reconstruction as a matrix; a state at hook_state, token by token, so every
     state is rebuilt from what the rebuilt ones before it have left; a vector at its own hook. Of a net write the
@@ -59,21 +61,23 @@ def loss_recovered(
     """
     if len(tokens) == 0:
         raise ValueError("loss_recovered needs at least one passage")
+    about = describe(model, source)
+    blocks = tokens.split(max(1, _BYTES_AT_ONCE // (4 * tokens.shape[1] * model.cfg.n_heads * about.d_k * about.d_v)))
     if source.form == "net":
-        parts = [_net_losses(model, sae, source, passage[None]) for passage in tokens]
+        parts = [_net_losses(model, sae, source, block) for block in blocks]
     else:
-        vector = describe(model, source).kind == VECTOR
 
         def rebuilt(x: Tensor) -> Tensor:
-            return sae(x[..., None])[..., 0] if vector else sae(x)
+            return sae(x[..., None])[..., 0] if about.kind == VECTOR else sae(x)
 
         changes = (None, rebuilt, torch.zeros_like)
-        parts = [[_loss(model, source, passage[None], change) for change in changes] for passage in tokens]
-    return Spliced(*(sum(losses) / len(tokens) for losses in zip(*parts, strict=True)))
+        parts = [[_loss(model, source, block, change) for change in changes] for block in blocks]
+    weights = [len(block) / len(tokens) for block in blocks]
+    return Spliced(*(sum(map(mul, losses, weights)) for losses in zip(*parts, strict=True)))
 
 
 def _net_losses(model: HookedRecurrentModel, sae: WriteSAE, source: Source, tokens: Tensor) -> list[float]:
-    """The three losses of one passage whose net writes are rebuilt; what changes them is added to the additive writes."""
+    """The three losses of passages whose net writes are rebuilt; what changes them is added to the additive writes."""
     record = collect(model, tokens, [source])[source]
     samples = Factored(record["key"].flatten(0, 1), record["value"].flatten(0, 1))
     native = samples.matrices().view(*tokens.shape, samples.d_k, samples.d_v)
@@ -83,7 +87,7 @@ def _net_losses(model: HookedRecurrentModel, sae: WriteSAE, source: Source, toke
 
 
 def _loss(model: HookedRecurrentModel, source: Source, tokens: Tensor, replace: Replace | None) -> float:
-    """Mean loss of one passage with the source's activation replaced."""
+    """Mean loss of passages with the source's activation replaced."""
     if replace is None:
         return float(model(tokens, return_type="loss"))
 

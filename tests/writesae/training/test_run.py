@@ -146,7 +146,7 @@ def test_every_kind_of_source_goes_on_bit_for_bit(tmp_path, fields):
         run(kinds(), tmp_path, config=chosen, progress=progress)
     assert distance(weights(run(kinds(), tmp_path, resume=True, config=chosen)), weights(whole)) == 0.0
     origin = {name: WriteSAE.load(tmp_path / "sae" / name).provenance for name in whole}
-    assert [(o["kind"], o["write"], o["layer"]) for o in origin.values()] == [
+    assert [(o["kind"], o.get("form"), o["layer"]) for o in origin.values()] == [
         ("write", "net", 0), ("state", None, 0), ("vector", None, 0), ("vector", None, 1),
     ]  # fmt: skip
 

@@ -98,6 +98,16 @@ def test_rebuilt_states_feed_back():
     assert found.loss_spliced == pytest.approx(hooked.item(), rel=1e-12)
 
 
+def test_few_or_many_passages_at_a_time(monkeypatch):
+    model, source = tiny_model(), Source(HOOKS["hook_write"][0], 1)
+    tokens = tokens_of(model, batch=5, length=10)
+    found = []
+    for limit in (1, 2 * 4 * 10 * 4 * 15, 1 << 28):  # one passage, two, all
+        monkeypatch.setattr("writesae.training.splice._BYTES_AT_ONCE", limit)
+        found.append(list(loss_recovered(model, Scaling((3, 5), 0.5), source, tokens).to_dict().values()))
+    assert found[0] == pytest.approx(found[1], rel=1e-9) and found[0] == pytest.approx(found[2], rel=1e-9)
+
+
 def test_a_real_dictionary_and_no_passages():
     model = tiny_model()
     sae = WriteSAE(WriteSAEConfig(3, 5, n_atoms=8, k=2))

@@ -197,8 +197,8 @@ def test_train_on_a_model_by_hook_name(tmp_path, cache_bytes):
     loaded = WriteSAE.load(result.sae.save(tmp_path / "sae"))
     origin = loaded.provenance
     assert (origin["hook"], origin["layer"], origin["head"], origin["layout"]) == (HOOK, 1, 2, "key_first")
-    assert origin["train_text"]["split"] == "train" and origin["train_text"]["fingerprint"] == "f00d"
-    assert origin["heldout_text"] == {"n_passages": 2, "length": 9}
+    assert origin["split"]["train"]["split"] == "train" and origin["split"]["train"]["fingerprint"] == "f00d"
+    assert origin["split"]["heldout"] == {"n_passages": 2, "length": 9}
     assert TrainConfig.from_dict(origin["training"]) == config and origin["metrics"] == result.metrics
 
 
