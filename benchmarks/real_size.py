@@ -48,8 +48,8 @@ from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
 from hooked_recurrent.patching import Trunk, run_edits
-from writesae import TrainConfig, WriteSAE, WriteSAEConfig
-from writesae.training.trainer import fit, stream_of
+from writesae import Source, TrainConfig, WriteSAE, WriteSAEConfig
+from writesae.training import fit, stream_of
 
 LENGTH, EDITS, STEPS = 1024, 64, 8
 LAYER, HEAD = 12, 4
@@ -130,14 +130,15 @@ def our_stages(folder: Path, text: Tensor, quick: bool, repeats: int) -> tuple[l
         error = must_equal("an edit and a full pass with it", first.logits[-1], full)
     del cache, trunk, forks, full
     config = TrainConfig(steps=2 if quick else STEPS, batch_size=16 if quick else 256, passages_per_forward=1)
-    stream = stream_of(model, text, f"blocks.{layer}.mixer.hook_write", head, config)
-    writes = stages("stream", stream.all_writes, f"head {head} of layer {layer}", once=True)
+    source = Source(f"blocks.{layer}.mixer.hook_write", head)
+    stream = stream_of(model, text, [source], config)
+    stages("stream", stream.prepare, f"head {head} of layer {layer}", once=True)
     sae = WriteSAE(
         WriteSAEConfig(d_k=model.cfg.d_k, d_v=model.cfg.d_v, n_atoms=64 if quick else 2048, k=4 if quick else 32)
     )
-    sae.calibrate_(*writes)
+    sae.calibrate_(stream.sample(config.calibration_writes)[source])
     steps = f"{config.steps} steps on {config.batch_size} writes"
-    log = stages("SAE steps", lambda: fit(sae, stream, config), steps, once=True)
+    log = stages("SAE steps", lambda: fit(sae, (batch[source] for batch in stream), config), steps, once=True)
     if not log:
         raise RuntimeError("the dictionary took no step")
     return stages.rows, plain, error

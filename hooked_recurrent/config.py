@@ -23,14 +23,17 @@ class StrictConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]):
-        """Build from a mapping; a key that is no field raises `ValueError` with the nearest field name."""
+        """Build from a mapping; a key that is no field raises `ValueError` with the nearest field name.
+
+        A list becomes a tuple, which is what the fields hold: JSON and YAML know no tuples.
+        """
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:
                 near = get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
                 raise ValueError(f"{cls.__name__} has no field {key!r}{hint}")
-        return cls(**values)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, ready for JSON."""

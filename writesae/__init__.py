@@ -3,13 +3,14 @@
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.sae import Codes, Factored, LossOutput, Matrices, Samples, Vectors, WriteSAE
 from writesae.stream import ActivationStore, ActivationStream, Passages, Source, passages
-from writesae.training import TrainResult, fit, train
+from writesae.training import Job, TrainResult, fit, train, train_many
 
 __all__ = [
     "ActivationStore",
     "ActivationStream",
     "Codes",
     "Factored",
+    "Job",
     "LossOutput",
     "Matrices",
     "Passages",
@@ -23,4 +24,5 @@ __all__ = [
     "fit",
     "passages",
     "train",
+    "train_many",
 ]

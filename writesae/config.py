@@ -14,6 +14,10 @@ from hooked_recurrent.config import StrictConfig, require_positive
 ENCODERS = ("bilinear", "tied", "linear")
 DECODERS = ("outer_product", "dense")
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu", "gated", "soft_gated")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("float32", "bfloat16")
+LOGS = ("tensorboard", "wandb", "trackio")
+"""Where the log may go besides log.jsonl."""
 PRESETS = {
     "flat": ("linear", "dense", "topk"),
     "rank1": ("linear", "outer_product", "topk"),
@@ -126,7 +130,10 @@ class TrainConfig(StrictConfig):
     lr: float = 5e-3
     """Adam's learning rate after the warm-up."""
     lr_min: float = 5e-4
-    """Learning rate at the last step of the cosine."""
+    """Learning rate at the last step of the cosine or of the line."""
+    schedule: str = "cosine"
+    """How the learning rate falls from lr to lr_min after the warm-up: "cosine", "linear", or "constant", which stays at
+    lr."""
     warmup_steps: int = 50
     """Steps of linear warm-up; the first step already has lr / warmup_steps, not zero."""
     grad_clip: float = 1.0
@@ -135,6 +142,14 @@ class TrainConfig(StrictConfig):
     """Seed of the order of the writes and of resampling."""
     project_gradient: bool = False
     """Whether the part of an atom's gradient that only changes its length is removed; the norm constraint undoes it."""
+    precision: str = "float32"
+    """"bfloat16" narrows the products that score the whole dictionary, and with them the chosen scores; weights, Gram
+    matrices, errors, gradients and Adam's moments stay in the dictionary's own type."""
+    sparsity_warmup_steps: int = 0
+    """Steps over which the penalty of jumprelu, gated and soft_gated rises in a line from 0, so that atoms can form before
+    they are pruned."""
+    bandwidth_final: float = 1.0
+    """jumprelu's window at the last step as a share of the dictionary's `bandwidth`; it narrows geometrically."""
     dead_after: int = 100
     """Steps without firing after which an atom counts as dead (100 in the paper's code)."""
     aux_weight: float = 1.0
@@ -145,8 +160,18 @@ class TrainConfig(StrictConfig):
     """Steps between moves of dead atoms onto badly reconstructed writes; 0 never moves one."""
     resample_until: float = 0.8
     """Share of the run after which no atom is moved any more, so that every atom has time to settle."""
+    splice_passages: int = 8
+    """Held-out passages on which, at the end, the language model's loss is measured with reconstructions in place; 0 is off."""
     log_every: int = 50
     """Steps between two lines of the log."""
+    log_to: tuple[str, ...] = ()
+    """Where the log goes besides out/log.jsonl: "tensorboard", "wandb", "trackio"."""
+    log_project: str = "writesae"
+    """Name of the project at wandb or trackio."""
+    save_every: int = 500
+    """Steps between two checkpoints of a run that has a folder; 0 saves at the end and on interruption alone."""
+    keep: int = 2
+    """How many finished checkpoints are kept; an older one goes only after a newer one is on disk."""
     skip_positions: int = 1
     """Positions left out at the start of every passage; position 0 always holds the same token."""
     calibration_writes: int = 8192
@@ -165,7 +190,15 @@ class TrainConfig(StrictConfig):
         require_positive(owner, calibration_writes=self.calibration_writes, buffer_writes=self.buffer_writes)
         require_positive(owner, passages_per_forward=self.passages_per_forward)
         require_at_least_zero(owner, warmup_steps=self.warmup_steps, grad_clip=self.grad_clip, aux_k=self.aux_k)
+        require_positive(owner, keep=self.keep, bandwidth_final=self.bandwidth_final)
         require_at_least_zero(owner, aux_weight=self.aux_weight, resample_every=self.resample_every)
+        require_at_least_zero(owner, save_every=self.save_every)
+        require_at_least_zero(owner, sparsity_warmup_steps=self.sparsity_warmup_steps)
+        require_at_least_zero(owner, splice_passages=self.splice_passages)
+        require_one_of(owner, "schedule", self.schedule, SCHEDULES)
+        require_one_of(owner, "precision", self.precision, PRECISIONS)
+        for name in self.log_to:
+            require_one_of(owner, "log_to", name, LOGS)
         require_at_least_zero(owner, skip_positions=self.skip_positions, cache_bytes=self.cache_bytes)
         if self.lr_min > self.lr:
             raise ValueError(f"TrainConfig.lr_min must be at most lr={self.lr}, got {self.lr_min}")

@@ -29,7 +29,7 @@ from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacement_result import ReplacementResult
 from writesae.report import write_report
 from writesae.stream.corpus import Passages, passages
-from writesae.training.trainer import TrainResult, train
+from writesae.training import TrainResult, train
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being done, how much of it is done, how much there is)."""

@@ -47,13 +47,26 @@ def cells_table(cells: pd.DataFrame, chosen: tuple[int, int]) -> Table:
     return table
 
 
-def quality_table(metrics: dict[str, dict[str, float]]) -> Table:
-    """What the dictionary leaves unexplained, on training and held-out writes."""
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    table = Table("text", *(name.replace("_", " ") for name in names), title="dictionary", box=SIMPLE_HEAD)
-    for text, values in metrics.items():
-        cells = [values.get(name, "") for name in names]
-        table.add_row(text, *(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
+def caches_table(rows: list[dict[str, Any]]) -> Table:
+    """Caches on disk, a row each."""
+    table = Table("folder", "model", "sources", "passages", "size", title="caches", box=SIMPLE_HEAD)
+    for row in rows:
+        if row["problem"]:
+            table.add_row(row["path"], f"[red]{row['problem']}[/red]")
+            continue
+        size = f"{row['bytes'] / 1e6:.1f} MB {row['dtype']}"
+        table.add_row(row["path"], row["model"], "\n".join(row["sources"]), f"{row['passages']} of {row['of']}", size)
+    return table
+
+
+def quality_table(metrics: dict[str, dict[str, float]], title: str = "dictionary") -> Table:
+    """What a dictionary leaves unexplained, and what that costs the model: a row per number, a column per text."""
+    table = Table("", title=title, box=SIMPLE_HEAD)
+    for text in metrics:
+        table.add_column(text, justify="right")
+    for name in dict.fromkeys(name for values in metrics.values() for name in values):
+        cells = [values.get(name, "") for values in metrics.values()]
+        table.add_row(name.replace("_", " "), *(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
     return table
 
 
