@@ -29,6 +29,8 @@ from writesae.sae.samples import Factored
 KINDS = ("writes", "states")
 NOISE_TERMS = 4
 """Random outer products in the noise of one write."""
+_OWN_SEEDS = 0x5EED_0000
+"""Added to the seed: a dictionary with the seed of the planted atoms would draw these very atoms as its first ones."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class PlantedAtoms:
 
     def __init__(self, planted: Planted):
         self.planted = planted
-        generator = torch.Generator().manual_seed(planted.seed)
+        generator = torch.Generator().manual_seed(_OWN_SEEDS + planted.seed)
         self.key = self._side(planted.d_k, generator)
         self.value = self._side(planted.d_v, generator)
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from writesae import WriteSAE, WriteSAEConfig
 from writesae.evaluation.planted import NOISE_TERMS, Planted, PlantedAtoms
 
 
@@ -84,6 +85,12 @@ def test_a_state_is_the_decayed_sum_of_planted_writes():
     for step in range(3):
         expected = torch.exp(torch.tensor(-0.3)) * expected + writes.matrices().view(6, 3, 5, 4)[:, step]
     torch.testing.assert_close(states.matrices(), expected)
+
+
+def test_a_dictionary_of_the_same_seed_does_not_start_at_the_planted_atoms():
+    atoms = PlantedAtoms(Planted(n_atoms=64, d_k=32, d_v=32, k=2, seed=0))
+    sae = WriteSAE(WriteSAEConfig(d_k=32, d_v=32, n_atoms=64, k=2, seed=0))
+    assert (sae.key_atoms[:, 0] @ atoms.key.T).diagonal().abs().max() < 0.9
 
 
 def test_batches_follow_from_their_seed_and_differ_from_each_other():
