@@ -57,14 +57,13 @@ def steps_at(width: int, quick: bool, sides: tuple[str, ...] = (OURS, *THEIRS)) 
     shape = shape_of(quick)
     batch = writes(width, shape["batch"])
     sae = dictionary(width, shape["n_atoms"], shape["k"])
-    sae.calibrate_(*batch)
+    sae.calibrate_(batch)
     made = {}
     for side in sides:
         if side == OURS:
             continue
-        key, value = batch
-        made[side] = THEIRS[side](sae, key[:, :, None] * (value * sae.input_scale)[:, None, :])
-    made = {OURS: our_step(sae, *batch), **made}
+        made[side] = THEIRS[side](sae, batch.scaled(sae.input_scale).matrices())
+    made = {OURS: our_step(sae, batch), **made}
     error = must_agree(f"d = {width}", {side: loss for side, (_, loss) in made.items()})
     return {side: step for side, (step, _) in made.items() if side in sides}, error
 

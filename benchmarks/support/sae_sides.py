@@ -13,12 +13,12 @@ atoms, so that all three must have the same loss before a clock starts. All use 
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from writesae import TrainConfig, WriteSAE, WriteSAEConfig
+from writesae.sae import Factored, Samples
 from writesae.training import Trainer
 
 NEVER = 10**9
@@ -101,13 +101,13 @@ def sae_lens_step(like: WriteSAE, x: Tensor) -> tuple[Step, float]:
         return step, float(sae.training_forward_pass(given).loss)
 
 
-def our_step(sae: WriteSAE, *samples: Any) -> tuple[Step, float]:
+def our_step(sae: WriteSAE, samples: Samples) -> tuple[Step, float]:
     """A step of ours, and its loss before the first one; no atom is ever dead."""
     config = TrainConfig(steps=NEVER, lr=1e-3, dead_after=NEVER, resample_every=0, log_every=NEVER)
-    trainer = Trainer(sae, config)
+    trainer = Trainer(sae.train(), config)
     with torch.no_grad():
-        loss = float(sae.loss(*samples).loss)
-    return lambda: trainer.advance(*samples), loss
+        loss = float(sae.loss(samples).loss)
+    return lambda: trainer.advance(samples), loss
 
 
 def dictionary(width: int, n_atoms: int, k: int) -> WriteSAE:
@@ -115,11 +115,11 @@ def dictionary(width: int, n_atoms: int, k: int) -> WriteSAE:
     return WriteSAE(WriteSAEConfig(d_k=width, d_v=width, n_atoms=n_atoms, k=k))
 
 
-def writes(width: int, n: int) -> tuple[Tensor, Tensor]:
-    """Keys of unit length and Gaussian values."""
+def writes(width: int, n: int) -> Factored:
+    """Writes with keys of unit length and Gaussian values."""
     generator = torch.Generator().manual_seed(width)
     key = nn.functional.normalize(torch.randn(n, width, generator=generator), dim=-1)
-    return key, torch.randn(n, width, generator=generator)
+    return Factored(key, torch.randn(n, width, generator=generator))
 
 
 def must_agree(where: str, losses: dict[str, float]) -> float:

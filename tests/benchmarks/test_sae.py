@@ -67,18 +67,18 @@ def test_the_dense_side_equals_our_reference():
 def test_a_step_of_every_side_trains(benchmark):
     steps, _ = benchmark.steps_at(12, quick=True)
     assert list(steps) == [benchmark.OURS, *benchmark.THEIRS]
-    sae, (key, value) = sae_sides.dictionary(12, 40, 4), sae_sides.writes(12, 16)
-    step, before = sae_sides.dense_step(sae, key[:, :, None] * value[:, None, :])
+    sae, batch = sae_sides.dictionary(12, 40, 4), sae_sides.writes(12, 16)
+    step, before = sae_sides.dense_step(sae, batch.matrices())
     for _ in range(50):
         step()
     assert (
-        sae_sides.dense_step(sae, key[:, :, None] * value[:, None, :])[1] == before
+        sae_sides.dense_step(sae, batch.matrices())[1] == before
     )  # the dictionary itself is untouched
-    sae.calibrate_(key, value)
-    step, before = sae_sides.our_step(sae, key, value)
+    sae.calibrate_(batch)
+    step, before = sae_sides.our_step(sae, batch)
     for _ in range(100):
         step()
-    assert float(sae.loss(key, value).loss.detach()) < 0.95 * before
+    assert float(sae.loss(batch).loss.detach()) < 0.95 * before
 
 
 def test_sides_that_disagree_are_not_timed(benchmark, monkeypatch):
@@ -90,7 +90,7 @@ def test_sides_that_disagree_are_not_timed(benchmark, monkeypatch):
 
 @pytest.mark.skipif(not sae_sides.has_sae_lens(), reason="sae_lens needs an environment of its own")
 def test_sae_lens_computes_the_loss_of_the_same_dictionary():
-    sae, (key, value) = sae_sides.dictionary(12, 40, 4), sae_sides.writes(12, 16)
-    step, before = sae_sides.sae_lens_step(sae, key[:, :, None] * value[:, None, :])
-    assert before == pytest.approx(float(sae.loss(key, value).loss.detach()), rel=1e-5)
+    sae, batch = sae_sides.dictionary(12, 40, 4), sae_sides.writes(12, 16)
+    step, before = sae_sides.sae_lens_step(sae, batch.matrices())
+    assert before == pytest.approx(float(sae.loss(batch).loss.detach()), rel=1e-5)
     step()

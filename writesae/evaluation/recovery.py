@@ -65,8 +65,8 @@ def match(cosines: Float[Tensor, "learned planted"], threshold: float = THRESHOL
         raise ValueError(f"match needs finite cosines between some atoms, got {tuple(cosines.shape)} of them")
     best = cosines.amax(0)
     learned, planted = linear_sum_assignment(cosines.double().cpu().numpy(), maximize=True)
-    found = (cosines[learned, planted] > threshold).sum() / cosines.shape[1]
-    return Match(float(found), float((best > threshold).double().mean()), float(best.double().mean()))
+    found = int((cosines[learned, planted] > threshold).sum()) / cosines.shape[1]
+    return Match(found, float((best > threshold).double().mean()), float(best.double().mean()))
 
 
 @torch.no_grad()
