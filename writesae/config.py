@@ -67,12 +67,21 @@ class WriteSAEConfig(StrictConfig):
     matryoshka: tuple[int, ...] = ()
     """Prefix sizes, rising: the first m atoms alone must rebuild the input too, for every m listed (Bussmann et al. 2025,
     arXiv:2503.17547). The whole dictionary always counts and need not be listed."""
+    sparsity: float = 1e-3
+    """Weight of the sparsity penalty of jumprelu (L0), gated (L1 of the gate) and soft_gated; topk and batch_topk have
+    none."""
+    bandwidth: float = 1e-2
+    """Width of jumprelu's straight-through windows at the start, scaled units."""
+    init_threshold: float = 1e-2
+    """Threshold of every jumprelu atom at the start, scaled units."""
     seed: int = 0
     """Seed of the random initial factors."""
 
     def __post_init__(self) -> None:
         owner = "WriteSAEConfig"
         require_positive(owner, d_k=self.d_k, d_v=self.d_v, n_atoms=self.n_atoms, k=self.k, rank=self.rank)
+        require_positive(owner, bandwidth=self.bandwidth, init_threshold=self.init_threshold)
+        require_at_least_zero(owner, sparsity=self.sparsity)
         if self.k > self.n_atoms:
             raise ValueError(f"WriteSAEConfig.k must be at most n_atoms={self.n_atoms}, got {self.k}")
         if self.rank > min(self.d_k, self.d_v):

@@ -1,6 +1,7 @@
-"""The dictionary: atoms, encoder, sparsifier, loss at factor cost, files."""
+"""The dictionary: atoms, encoders, sparsifiers, samples, loss at factor cost, files."""
 
 from writesae.sae.codes import Codes
-from writesae.sae.write_sae import LossOutput, Residual, WriteSAE
+from writesae.sae.samples import Factored, Matrices, Samples, Vectors
+from writesae.sae.write_sae import LossOutput, WriteSAE
 
-__all__ = ["Codes", "LossOutput", "Residual", "WriteSAE"]
+__all__ = ["Codes", "Factored", "LossOutput", "Matrices", "Samples", "Vectors", "WriteSAE"]

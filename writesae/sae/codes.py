@@ -1,8 +1,10 @@
 """A sparse code: which atoms are active and with what coefficient, in the units of the raw write."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -34,3 +36,26 @@ class Codes:
     def detach(self) -> "Codes":
         """The same code without its history of gradients."""
         return Codes(self.indices, self.values.detach())
+
+    def over(self, scale: Float[Tensor, ""]) -> "Codes":
+        """The same code with coefficients divided by `scale`: raw units from scaled ones."""
+        return Codes(self.indices, self.values / scale)
+
+    def times(self, scale: Float[Tensor, ""]) -> "Codes":
+        """The same code with coefficients times `scale`: scaled units from raw ones."""
+        return Codes(self.indices, self.values * scale)
+
+    def reshape(self, leading: torch.Size) -> "Codes":
+        """The same codes with other leading axes."""
+        shape = (*leading, self.values.shape[-1])
+        return Codes(self.indices.reshape(shape), self.values.reshape(shape))
+
+    @staticmethod
+    def concatenate(blocks: Sequence["Codes"]) -> "Codes":
+        """Blocks [row, k] as one, every row ordered by falling coefficient; shorter rows are filled up with zeros."""
+        most = max(block.values.shape[1] for block in blocks)
+        padded = [(0, most - block.values.shape[1]) for block in blocks]
+        values = torch.cat([F.pad(block.values, pad) for block, pad in zip(blocks, padded, strict=True)])
+        indices = torch.cat([F.pad(block.indices, pad) for block, pad in zip(blocks, padded, strict=True)])
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return Codes(indices.gather(-1, order), values)

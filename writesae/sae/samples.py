@@ -11,17 +11,17 @@ Everything is written once for all of them. Samples never need gradients; dictio
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.sae.factored import bilinear_at, squared_norm_of_sum
+from writesae.sae.factored import bilinear_at, inner_with_sum, squared_norm_of_sum
 
 Rows = Int[Tensor, " chosen"] | slice
+Sides = tuple[Float[Tensor, "row d_k"], Float[Tensor, "row d_v"]]
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,35 @@ class Samples(ABC):
         there = (s[:, :1] > 0).to(u.dtype)
         return u[:, :, 0] * there, vh[:, 0] * there
 
+    def inner_with(
+        self,
+        left: Float[Tensor, "sample term d_k"],
+        right: Float[Tensor, "sample term d_v"],
+        rows: Sides,
+        indices: Int[Tensor, "sample term"],
+    ) -> Float[Tensor, "sample term"]:
+        """<X, l_j r_j^T> of every sample with vectors of its own, which are `rows[..][indices]`; differentiable in them.
+
+        Samples choose what is cheaper for them: the vectors, or all rows at once.
+        """
+        return self.inner_at(*rows, self.inner(*rows), indices)
+
     def squared_errors(
         self,
         coefficients: Float[Tensor, "sample level term"],
         left: Float[Tensor, "sample term d_k"],
         right: Float[Tensor, "sample term d_v"],
-        inner_at_terms: "Any",
+        rows: Sides,
+        indices: Int[Tensor, "sample term"],
     ) -> Float[Tensor, "sample level"]:
-        """|X - sum_j c_j l_j r_j^T|^2 for every level of coefficients: |X|^2 - 2 c . <X, l r^T> + |sum|^2.
-
-        `inner_at_terms()` gives <X, l_j r_j^T> with gradient; samples that hold factors do not ask for it.
-        """
-        crossed = torch.einsum("nlt,nt->nl", coefficients, inner_at_terms())
+        """|X - sum_j c_j l_j r_j^T|^2 for every level of coefficients: |X|^2 - 2 c . <X, l r^T> + |sum|^2."""
+        crossed = (coefficients * self.inner_with(left, right, rows, indices)[:, None]).sum(2)
         return self.squared_norms()[:, None] - 2 * crossed + squared_norm_of_sum(coefficients, left, right)
+
+    def blocks(self, size: int) -> Iterator["Samples"]:
+        """The samples in order, at most `size` at a time (kinds that cannot be cut there may give more)."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
 
 
 class Factored(Samples):
@@ -166,9 +182,20 @@ class Factored(Samples):
         inner: Inner,
         indices: Int[Tensor, "sample chosen"],
     ) -> Float[Tensor, "sample chosen"]:
+        if inner.kept[0].dtype != self.dtype:  # scored in a narrower type: good enough to choose by, not to learn from
+            return self.inner_with(left[indices], right[indices], (left, right), indices)
         by_term = indices.repeat_interleave(self.terms, 0) if self.terms > 1 else indices
         products = bilinear_at(left, right, self.key.flatten(0, 1), self.value.flatten(0, 1), *inner.kept, by_term)
         return self._sum_terms(products)
+
+    def inner_with(
+        self,
+        left: Float[Tensor, "sample term d_k"],
+        right: Float[Tensor, "sample term d_v"],
+        rows: Sides,
+        indices: Int[Tensor, "sample term"],
+    ) -> Float[Tensor, "sample term"]:
+        return inner_with_sum(left, right, self.key.new_ones(len(self), self.terms), self.key, self.value)
 
     def _sum_terms(self, products: Tensor) -> Tensor:
         return products if self.terms == 1 else products.view(len(self), self.terms, -1).sum(1)
@@ -200,7 +227,8 @@ class Factored(Samples):
         coefficients: Float[Tensor, "sample level term"],
         left: Float[Tensor, "sample term d_k"],
         right: Float[Tensor, "sample term d_v"],
-        inner_at_terms: Any,
+        rows: Sides,
+        indices: Int[Tensor, "sample term"],
     ) -> Float[Tensor, "sample level"]:
         """The residual is a sum of outer products itself: one pair of Gram matrices holds everything."""
         ones = coefficients.new_ones(*coefficients.shape[:2], self.terms)
@@ -259,8 +287,16 @@ class Matrices(Samples):
         inner: Inner,
         indices: Int[Tensor, "sample chosen"],
     ) -> Float[Tensor, "sample chosen"]:
-        chosen_left, chosen_right = left[indices], right[indices]
-        return ((chosen_left @ self.x) * chosen_right).sum(-1)
+        return ((left[indices] @ self.x) * right[indices]).sum(-1)
+
+    def inner_with(
+        self,
+        left: Float[Tensor, "sample term d_k"],
+        right: Float[Tensor, "sample term d_v"],
+        rows: Sides,
+        indices: Int[Tensor, "sample term"],
+    ) -> Float[Tensor, "sample term"]:
+        return ((left @ self.x) * right).sum(-1)
 
     def inner_with_matrix(self, matrix: Float[Tensor, "d_k d_v"]) -> Float[Tensor, " sample"]:
         return (self.x * matrix).sum((1, 2))
@@ -279,7 +315,8 @@ class Matrices(Samples):
         coefficients: Float[Tensor, "sample level term"],
         left: Float[Tensor, "sample term d_k"],
         right: Float[Tensor, "sample term d_v"],
-        inner_at_terms: Any,
+        rows: Sides,
+        indices: Int[Tensor, "sample term"],
     ) -> Float[Tensor, "sample level"]:
         """By the definition: the rebuilt matrix is formed, and compared."""
         levels = [

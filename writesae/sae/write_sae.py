@@ -4,17 +4,17 @@
     X_hat    = sum_i a_i A_i  (+ mean),  A_i = v_i w_i^T
     loss     = input_scale^2 * mean over samples of |X - X_hat|^2
 
-There are two ways to the same numbers. `loss` takes a write as its factors and never forms a d_k x d_v matrix
-(`factored.py` has the algebra); `dense_loss` takes the matrix and follows the formulas above literally. The second is
-the reference that the first is tested against, values and gradients.
+Encoder, decoder and sparsifier are parts that combine freely (`encoders.py`, `atoms.py`, `activations.py`); what they are
+trained on is any `Samples` (`samples.py`), which are known by their inner products. So one loss serves writes at the
+cost of their factors, whole passages of states by running sums, vectors, and plain matrices; `dense_loss`, the last of
+these, is the reference that the others are tested against, values and gradients.
 
-Units. The size of a write differs by orders of magnitude between heads, so the loss is measured in scaled units,
-where the mean squared norm of a training write is 1 (`calibrate_` sets the scale), and one learning rate fits all
-heads. Codes are in RAW units: coefficient times atom is directly what one would put in a write's place. Inputs are
-converted to the dtype of the dictionary.
+Units. The size of a write differs by orders of magnitude between heads, so everything inside happens in scaled units,
+where the mean squared norm of a training sample is 1 (`calibrate_` sets the scale), and one learning rate fits all
+heads. Codes are handed out in RAW units: coefficient times atom is directly what one would put in a write's place. Inputs
+are converted to the dtype of the dictionary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,56 +26,45 @@ from transformer_lens import FactoredMatrix
 
 import writesae.sae.storage as storage
 from writesae.config import WriteSAEConfig
-from writesae.sae.activations import ACTIVATIONS
+from writesae.sae.activations import ACTIVATIONS, Choice
 from writesae.sae.atoms import DECODERS
 from writesae.sae.codes import Codes
-from writesae.sae.encoders import ENCODERS, Projections
-from writesae.sae.factored import inner_with_sum, squared_norm_of_sum
+from writesae.sae.encoders import ENCODERS, Scores
+from writesae.sae.samples import Factored, Matrices, Samples
 
 _SCORES_AT_ONCE = 1 << 24  # entries of one block of scores while encoding many samples: 64 MB of float32
-_AMPLITUDE_WRITES = 2048  # writes from which the encoder's first amplitude is fitted
+_AMPLITUDE_SAMPLES = 2048  # samples from which the encoder's first amplitude is fitted
 _MATRIX_AT_ONCE = 1 << 26  # entries of one block of half-contracted matrices on the dense path: 256 MB of float32
 
 
 @dataclass(frozen=True)
-class Residual:
-    """X - X_hat of every sample as a sum of outer products, sum_j coefficients_j left_j right_j^T; minus the mean, if any."""
-
-    coefficients: Float[Tensor, "batch term"]
-    """1 for the write itself, then -a_i for every active atom's terms."""
-    left: Float[Tensor, "batch term d_k"]
-    """The write's key, then the key factors of the atoms."""
-    right: Float[Tensor, "batch term d_v"]
-    """The write's value, then the value factors of the atoms."""
-
-
-@dataclass(frozen=True)
 class LossOutput:
-    """What one evaluation of the loss gives; raw units are those of the writes, scaled units those of the loss."""
+    """What one evaluation of the loss gives; raw units are those of the samples, scaled units those of the loss."""
 
     loss: Float[Tensor, ""]
-    """Mean squared error per sample in scaled units; this is what training lowers."""
+    """Mean squared error per sample in scaled units (mean over the Matryoshka prefixes, where there are some)."""
+    penalty: Float[Tensor, ""]
+    """What training adds for sparsity, weighted; zero where sparsity is counted out (topk, batch_topk)."""
     fvu: Float[Tensor, ""]
-    """Fraction of variance unexplained: loss over the variance of the calibration writes; 0 is perfect, 1 their mean."""
+    """Fraction of variance unexplained: squared error over the variance of the calibration samples; 0 is perfect."""
     l0: Float[Tensor, ""]
     """Mean number of active atoms."""
     errors: Float[Tensor, " batch"]
     """Squared error of each sample in scaled units."""
     codes: Codes
     """Active atoms and coefficients, raw units."""
-    residual: Residual | None = None
-    """What is left of each write, as factors; None on the dense path."""
-    projections: Projections | None = None
-    """Scores of the whole dictionary without gradient; None on the dense path."""
+    scores: Scores
+    """Scores of the whole dictionary in scaled units, without gradient."""
 
 
 class WriteSAE(nn.Module):
-    """A dictionary of rank-1 (or rank-r) atoms over matrices [d_k, d_v]. See the module's docstring for the algebra.
+    """A dictionary of atoms over matrices [d_k, d_v]. See the module's docstring for the algebra.
 
-    Buffers, all saved: `input_scale`, `input_variance` (variance of the calibration writes in scaled units),
+    Buffers, all saved: `input_scale`, `input_variance` (variance of the calibration samples in scaled units),
     `steps_since_active` [n_atoms], and with `center` the `mean` [d_k, d_v] in raw units.
     `provenance` is a plain dictionary that travels with the weights: model, hook, head, layout, split, training,
-    metrics.
+    metrics. `scoring_dtype`, where set, is the narrower type in which the whole dictionary is scored to find the active
+    atoms; all else stays in the dictionary's own type.
     """
 
     input_scale: Tensor
@@ -87,26 +76,38 @@ class WriteSAE(nn.Module):
         super().__init__()
         self.config = config
         generator = torch.Generator().manual_seed(config.seed)
-        self.decoder = DECODERS[config.decoder](config, generator)
-        self.encoder = ENCODERS[config.encoder](config, self.decoder.key_atoms, self.decoder.value_atoms)
         self.activation = ACTIVATIONS[config.activation](config)
+        self.decoder = DECODERS[config.decoder](config, generator)
+        self.encoder = ENCODERS[config.encoder](config, self.decoder, generator, self.activation.biased)
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_variance", torch.ones(()))
         self.register_buffer("steps_since_active", torch.zeros(config.n_atoms, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(config.d_k, config.d_v) if config.center else None)
+        self.scoring_dtype: torch.dtype | None = None
         self.provenance: dict[str, Any] = {"layout": "key_first"}
 
     # --- the atoms ---------------------------------------------------------------------------------------------
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the dictionary's numbers."""
+        return self.input_scale.dtype
+
+    @property
     def key_atoms(self) -> Float[Tensor, "n_atoms rank d_k"]:
-        """Key-side factors v of the atoms."""
+        """Key-side factors v of the atoms; dense atoms have none, and raise `ValueError`."""
+        self._needs_factors()
         return self.decoder.key_atoms
 
     @property
     def value_atoms(self) -> Float[Tensor, "n_atoms rank d_v"]:
-        """Value-side factors w of the atoms."""
+        """Value-side factors w of the atoms; dense atoms have none, and raise `ValueError`."""
+        self._needs_factors()
         return self.decoder.value_atoms
+
+    def _needs_factors(self) -> None:
+        if self.config.decoder == "dense":
+            raise ValueError("the atoms of this dictionary are dense matrices and have no factors; see sae.atom(index)")
 
     def atom(self, index: int) -> FactoredMatrix:
         """Atom `index` as a FactoredMatrix [d_k, d_v]; an index outside the dictionary raises `IndexError`."""
@@ -125,19 +126,31 @@ class WriteSAE(nn.Module):
 
         Raises `ValueError` when a width or the leading axes do not fit.
         """
-        key, value = self._checked_factors(key, value)
-        rows = max(1, _SCORES_AT_ONCE // self.config.n_atoms)
-        flat = zip(self._blocks(key, 1, rows), self._blocks(value, 1, rows), strict=True)
-        return self._gather([self._encode(*block)[0] for block in flat], key.shape[:-1])
+        samples = self._factored(key, value)
+        return self.encode_samples(samples).reshape(key.shape[:-1])
 
     def encode_matrix(self, x: Float[Tensor, "*batch d_k d_v"]) -> Codes:
         """Codes of any matrices [.., d_k, d_v]; for writes it equals `encode` of their factors, at a higher cost.
 
         Raises `ValueError` when the last two axes are not (d_k, d_v).
         """
-        x = self._checked_matrix(x)
-        rows = max(1, _MATRIX_AT_ONCE // (self.config.n_atoms * self.config.rank * self.config.d_v))
-        return self._gather([self._encode_matrix(block) for block in self._blocks(x, 2, rows)], x.shape[:-2])
+        samples = self._matrices(x)
+        return self.encode_samples(samples).reshape(x.shape[:-2])
+
+    def encode_samples(self, samples: Samples) -> Codes:
+        """Codes of any samples, every row ordered by falling coefficient, by the rule of inference.
+
+        Raises `ValueError` for samples of another width.
+        """
+        at_once = _SCORES_AT_ONCE // self.config.n_atoms
+        if isinstance(samples, Matrices):
+            at_once = _MATRIX_AT_ONCE // (self.config.n_atoms * self.config.rank * self.config.d_v)
+        elif self.config.encoder == "linear":
+            at_once = min(at_once, _MATRIX_AT_ONCE // (self.config.d_k * self.config.d_v))
+        blocks = samples.blocks(max(1, at_once)) if len(samples) else [samples]
+        return Codes.concatenate([self._encode(self._scaled(block), training=False)[0] for block in blocks]).over(
+            self.input_scale
+        )
 
     def decode(self, codes: Codes) -> Float[Tensor, "*batch d_k d_v"]:
         """The matrices sum_i a_i A_i (+ mean), raw units, built from the active atoms only."""
@@ -152,56 +165,117 @@ class WriteSAE(nn.Module):
 
     # --- losses ------------------------------------------------------------------------------------------------
 
-    def loss(self, key: Float[Tensor, "batch d_k"], value: Float[Tensor, "batch d_v"]) -> LossOutput:
-        """Reconstruction loss of the writes key value^T at factor cost, forward and backward."""
-        key, value = self._checked_factors(key, value)
-        codes, projections, residual = self._take_apart(key, value)
-        squared = squared_norm_of_sum(residual.coefficients[:, None], residual.left, residual.right).squeeze(1)
-        if self.mean is not None:
-            # |R - M|^2 = |R|^2 - 2 <R, M> + |M|^2, and <R, M> = k^T M v - sum_i a_i <A_i, M>: one more inner product.
-            of_atoms = self.decoder.inner_with_matrix(self.mean)[codes.indices]
-            inner = ((key @ self.mean) * value).sum(-1) - (codes.values * of_atoms).sum(-1)
-            squared = squared - 2 * inner + self.mean.square().sum()
-        return self._output(squared, codes, residual, projections)
+    def loss(self, samples: Samples | Float[Tensor, "batch d_k"], value: Tensor | None = None) -> LossOutput:
+        """Reconstruction loss of samples, or of the writes key value^T given as two tensors, at their own cost.
+
+        In training mode (`sae.train()`) atoms are chosen as training does, else by the rule of inference. Raises `ValueError`
+        for samples of another width.
+        """
+        if isinstance(samples, Tensor):
+            if value is None:
+                raise ValueError("loss needs samples, or the keys and the values of writes; got keys alone")
+            samples = self._factored(samples, value)
+        samples = self._scaled(samples)
+        codes, choice, chosen, scores = self._encode(samples, self.training)
+        errors = self._errors(samples, codes)
+        penalty = self.activation.penalty(chosen, choice)
+        gates = self.activation.gates(chosen, choice)
+        total = errors.new_zeros(()) if penalty is None else penalty
+        if gates is not None:  # the gate must be able to rebuild the input by itself, with atoms that do not follow it
+            total = total + self._frozen_errors(samples, Codes(choice.indices, gates)).mean()
+        own = errors[:, -1].detach()
+        l0 = codes.l0.to(own.dtype).mean()
+        raw = codes.detach().over(self.input_scale)
+        return LossOutput(errors.mean(), total, own.mean() / self.input_variance, l0, own, raw, scores)
 
     def dense_loss(self, x: Float[Tensor, "batch d_k d_v"]) -> LossOutput:
         """The same loss by its definition, on matrices: the reference, and the path of matrices without factors."""
-        x = self._checked_matrix(x)
-        codes = self._encode_matrix(x)
-        return self._output((x - self.decode(codes)).square().sum((1, 2)), codes)
+        return self.loss(self._matrices(x))
 
-    def _output(self, squared, codes, residual=None, projections=None) -> LossOutput:
-        errors = squared * self.input_scale**2
-        loss = errors.mean()
-        l0 = codes.l0.to(loss.dtype).mean()
-        fvu = loss.detach() / self.input_variance
-        return LossOutput(loss, fvu, l0, errors.detach(), codes.detach(), residual, projections)
+    def scores_at(self, indices: Int[Tensor, "batch k"], samples: Samples, scores: Scores) -> Float[Tensor, "batch k"]:
+        """Scores of chosen atoms in scaled units, with gradients; `scores` are those of `loss(samples)`."""
+        return self.encoder.at(indices, self._scaled(samples), scores)
+
+    def residual_errors(self, samples: Samples, output: LossOutput, more: Codes) -> Float[Tensor, " batch"]:
+        """|R - sum_i b_i A_i|^2 of every sample, scaled units, where R is what `output` left over, held fixed.
+
+        `more` are codes in scaled units. |R|^2 is known, and <R, A_j> = <X, A_j> - <X_hat, A_j>.
+        """
+        samples, first = self._scaled(samples), output.codes.times(self.input_scale)
+        left_over = self.decoder.inner_at(samples, more.indices)
+        left_over = left_over - self.decoder.inner_with_code(more.indices, first.indices, first.values)
+        if self.mean is not None:
+            left_over = left_over - self.decoder.inner_with_matrix(self.mean * self.input_scale)[more.indices]
+        crossed = (more.values * left_over).sum(1)
+        return output.errors - 2 * crossed + self.decoder.squared_norms_of(more.indices, more.values)
+
+    def _errors(self, samples: Samples, codes: Codes) -> Float[Tensor, "batch level"]:
+        """Squared errors of every Matryoshka prefix, the whole dictionary last; all in scaled units."""
+        levels = [codes.values * (codes.indices < size) for size in self.config.matryoshka]
+        coefficients = torch.stack([*levels, codes.values], dim=1)
+        errors = self.decoder.squared_errors(samples, codes.indices, coefficients)
+        if self.mean is None:
+            return errors
+        # |R - M|^2 = |R|^2 - 2 <R, M> + |M|^2, and <R, M> = <X, M> - sum_i a_i <A_i, M>: one more inner product.
+        mean = self.mean * self.input_scale
+        of_atoms = self.decoder.inner_with_matrix(mean)[codes.indices]
+        inner = samples.inner_with_matrix(mean)[:, None] - (coefficients * of_atoms[:, None]).sum(2)
+        return errors - 2 * inner + mean.square().sum()
+
+    def _frozen_errors(self, samples: Samples, codes: Codes) -> Float[Tensor, "batch level"]:
+        """The same errors, by atoms that get no gradient."""
+        parameters = list(self.decoder.parameters())
+        wanted = [parameter.requires_grad for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            return self._errors(samples, codes)
+        finally:
+            for parameter, own in zip(parameters, wanted, strict=True):
+                parameter.requires_grad_(own)
 
     # --- calibration and files ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def calibrate_(self, key: Float[Tensor, "batch d_k"], value: Float[Tensor, "batch d_v"]) -> None:
-        """Measure the scale, the variance and (with `center`) the mean on these writes, once, before training.
+    def calibrate_(self, samples: Samples | Float[Tensor, "batch d_k"], value: Tensor | None = None) -> None:
+        """Measure the scale, the variance and (with `center`) the mean on these samples, once, before training.
 
-        The encoder is then amplified by the one factor that makes its reconstructions of these writes best: the k most
+        The encoder is then amplified by the one factor that makes its reconstructions of these samples best: the k most
         excited of many random atoms overlap, and together they may overshoot by far.
 
-        Raises `ValueError` when all writes are zero.
+        Raises `ValueError` when all samples are zero.
         """
-        key, value = self._checked_factors(key, value)
-        key64, value64 = key.double(), value.double()
-        power = (key64.square().sum(-1) * value64.square().sum(-1)).mean()
+        if isinstance(samples, Tensor):
+            if value is None:
+                raise ValueError("calibrate_ needs samples, or the keys and the values of writes; got keys alone")
+            samples = self._factored(samples, value)
+        power = samples.to(dtype=torch.float64).squared_norms().mean()
         if not power > 0:
             raise ValueError("every write given to calibrate_ is zero: this head writes nothing on these tokens")
-        mean = key64.T @ value64 / len(key)
+        mean = samples.mean()
         self.input_scale.copy_(power.rsqrt())
         self.input_variance.copy_(((power - mean.square().sum()) / power).clamp_min(1e-12))
         if self.mean is not None:
             self.mean.copy_(mean)
-            self.encoder.absorb_mean_(self.mean, self.input_scale)
-        best = self._best_amplitude(key[:_AMPLITUDE_WRITES], value[:_AMPLITUDE_WRITES])
-        if best > 0:
-            self.encoder.amplify_(best)
+            offsets = -self.encoder.of_matrix(self.mean * self.input_scale)
+            if self.encoder.bias is not None:
+                self.encoder.bias.copy_(offsets)
+            self.activation.absorb_(offsets)
+        best = self._best_amplitude(self._scaled(next(iter(samples.blocks(_AMPLITUDE_SAMPLES)))))
+        if best > 0 and self.encoder.amplify_(best):
+            if self.encoder.bias is not None:
+                self.encoder.bias.mul_(best)
+            self.activation.amplify_(best)
+
+    def _best_amplitude(self, samples: Samples) -> Tensor:
+        """The b that minimises sum |X - mean - b sum_i a_i A_i|^2: inner products over squared norms."""
+        codes = self._encode(samples, training=True)[0]
+        inner = (codes.values * self.decoder.inner_at(samples, codes.indices)).sum()
+        if self.mean is not None:
+            of_atoms = self.decoder.inner_with_matrix(self.mean * self.input_scale)[codes.indices]
+            inner = inner - (codes.values * of_atoms).sum()
+        squared = self.decoder.squared_norms_of(codes.indices, codes.values).sum()
+        return inner / squared.clamp_min(torch.finfo(squared.dtype).tiny)
 
     def save(self, path: str | Path) -> Path:
         """Write the folder `path`: sae.safetensors and config.json, each atomically; returns the folder."""
@@ -221,73 +295,40 @@ class WriteSAE(nn.Module):
         except (TypeError, ValueError) as error:
             raise ValueError(f"the configuration of {str(path)!r} is not that of a WriteSAE: {error}") from None
         storage.check_tensors(Path(path), tensors, sae.state_dict())
-        dtype = tensors["decoder.key_atoms"].dtype
+        dtype = tensors["input_scale"].dtype
         sae.to(dtype).load_state_dict(tensors)
         sae.provenance = header["provenance"]
-        return sae.to(device)
-
-    def _best_amplitude(self, key: Tensor, value: Tensor) -> Tensor:
-        """The b that minimises sum |X - mean - b sum_i a_i A_i|^2: inner products over squared norms."""
-        codes, _, residual = self._take_apart(key, value)
-        atoms, left, right = -residual.coefficients[:, 1:], residual.left[:, 1:], residual.right[:, 1:]
-        inner = (atoms * inner_with_sum(left, right, torch.ones_like(key[:, :1]), key[:, None], value[:, None])).sum()
-        if self.mean is not None:
-            inner = inner - (codes.values * self.decoder.inner_with_matrix(self.mean)[codes.indices]).sum()
-        squared = squared_norm_of_sum(atoms[:, None], left, right).sum()
-        return inner / squared.clamp_min(torch.finfo(squared.dtype).tiny)
+        return sae.to(device).eval()
 
     # --- inside ------------------------------------------------------------------------------------------------
 
-    def _take_apart(self, key: Tensor, value: Tensor) -> tuple[Codes, Projections, Residual]:
-        """Encode the writes and list what is left of them, as factors."""
-        codes, projections = self._encode(key, value)
-        key_rows, value_rows = self.decoder.factors_at(codes.indices)
-        minus_atoms = -self.decoder.per_term(codes.values)
-        residual = Residual(
-            torch.cat([torch.ones_like(minus_atoms[:, :1]), minus_atoms], dim=1),
-            torch.cat([key[:, None], key_rows], dim=1),
-            torch.cat([value[:, None], value_rows], dim=1),
-        )
-        return codes, projections, residual
+    def _encode(self, samples: Samples, training: bool) -> tuple[Codes, Choice, Tensor, Scores]:
+        """Codes of scaled samples in scaled units, with what chose them."""
+        with torch.autocast(samples.device.type, self.scoring_dtype, enabled=self.scoring_dtype is not None):
+            scores = self.encoder.project(samples)
+        choice = self.activation.select(scores.scores, training)
+        chosen = self.encoder.at(choice.indices, samples, scores)
+        return Codes(choice.indices, self.activation.apply(chosen, choice)), choice, chosen, scores
 
-    def _encode(self, key: Tensor, value: Tensor) -> tuple[Codes, Projections]:
-        bias_scale = 1 / self.input_scale
-        projections = self.encoder.project(key, value, bias_scale)
-        indices = self.activation.select(projections.scores)
-        chosen = self.encoder.at(indices, key, value, projections, bias_scale)
-        return Codes(indices, self.activation.apply(chosen, indices)), projections
+    def _scaled(self, samples: Samples) -> Samples:
+        if (samples.d_k, samples.d_v) != (self.config.d_k, self.config.d_v):
+            came, expected = (samples.d_k, samples.d_v), (self.config.d_k, self.config.d_v)
+            raise ValueError(f"the samples are matrices of (d_k, d_v) = {came}, this dictionary expects {expected}")
+        return samples.to(dtype=self.dtype).scaled(self.input_scale)
 
-    def _encode_matrix(self, x: Tensor) -> Codes:
-        scores = self.encoder.scores_of_matrix(x, 1 / self.input_scale)
-        indices = self.activation.select(scores)
-        return Codes(indices, self.activation.apply(scores.gather(1, indices), indices))
-
-    @staticmethod
-    def _blocks(x: Tensor, own_axes: int, rows: int) -> Iterator[Tensor]:
-        """`x` with its leading axes flattened, `rows` samples at a time; at least one block, which may be empty."""
-        flat = x.reshape(-1, *x.shape[x.ndim - own_axes :]) if x.numel() else x.new_zeros(0, *x.shape[-own_axes:])
-        return iter(flat.split(rows)) if len(flat) else iter([flat])
-
-    @staticmethod
-    def _gather(blocks: list[Codes], leading: torch.Size) -> Codes:
-        """The blocks in one, every row ordered by falling coefficient, with the leading axes restored."""
-        indices: Int[Tensor, "rows k"] = torch.cat([block.indices for block in blocks])
-        values, order = torch.cat([block.values for block in blocks]).sort(dim=-1, descending=True, stable=True)
-        shape = (*leading, values.shape[-1])
-        return Codes(indices.gather(-1, order).reshape(shape), values.reshape(shape))
-
-    def _checked_factors(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _factored(self, key: Tensor, value: Tensor) -> Factored:
         for name, tensor, width in (("key", key, self.config.d_k), ("value", value, self.config.d_v)):
             if tensor.ndim == 0 or tensor.shape[-1] != width:
                 raise ValueError(f"{name} must end in d_{name[0]}={width}, got shape {tuple(tensor.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
             came = f"{tuple(key.shape[:-1])} and {tuple(value.shape[:-1])}"
             raise ValueError(f"key and value must have the same leading axes, got {came}")
-        return key.to(self.key_atoms.dtype), value.to(self.key_atoms.dtype)
+        count = key.shape[:-1].numel()  # a reshape to -1 rows could not tell how many rows nothing has
+        return Factored(key.reshape(count, key.shape[-1]), value.reshape(count, value.shape[-1])).to(dtype=self.dtype)
 
-    def _checked_matrix(self, x: Tensor) -> Tensor:
+    def _matrices(self, x: Tensor) -> Matrices:
         expected = (self.config.d_k, self.config.d_v)
         if tuple(x.shape[-2:]) != expected:
             hint = " (transposed?)" if tuple(x.shape[-2:]) == expected[::-1] else ""
             raise ValueError(f"matrices must end in (d_k, d_v) = {expected}, got shape {tuple(x.shape)}{hint}")
-        return x.to(self.key_atoms.dtype)
+        return Matrices(x.reshape(x.shape[:-2].numel(), *expected).to(self.dtype))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from writesae.sae import WriteSAE
+from writesae.sae import Codes, Factored, Samples, WriteSAE
 
 _AT_ONCE = 4096
 
@@ -34,46 +34,47 @@ class Quality:
 
 
 @torch.no_grad()
-def measure(sae: WriteSAE, key: Float[Tensor, "write d_k"], value: Float[Tensor, "write d_v"]) -> Quality:
-    """Quality of `sae` on these writes, at factor cost. Raises `ValueError` when there are none."""
-    if len(key) == 0:
+def measure(sae: WriteSAE, samples: Samples | Float[Tensor, "write d_k"], value: Tensor | None = None) -> Quality:
+    """Quality of `sae` on these samples (or writes key value^T), by the rule of inference and at the samples' own cost.
+
+    Raises `ValueError` when there are none.
+    """
+    if isinstance(samples, Tensor):
+        if value is None:
+            raise ValueError("measure needs samples, or the keys and the values of writes; got keys alone")
+        samples = Factored(samples, value)
+    if len(samples) == 0:
         raise ValueError("measure needs at least one write")
-    fired = torch.zeros(sae.config.n_atoms, dtype=torch.bool, device=key.device)
+    was_training = sae.training
+    sae.eval()
+    fired = torch.zeros(sae.config.n_atoms, dtype=torch.bool, device=samples.device)
     error = power = active = cosine = silent = 0.0
-    for keys, values in zip(key.split(_AT_ONCE), value.split(_AT_ONCE), strict=True):
-        output = sae.loss(keys, values)
+    for block in samples.blocks(_AT_ONCE):
+        output = sae.loss(block)
         codes = output.codes
         error += float(output.errors.double().sum() / sae.input_scale.double() ** 2)
-        power += float((keys.double().square().sum(-1) * values.double().square().sum(-1)).sum())
+        power += float(block.to(dtype=torch.float64).squared_norms().sum())
         active += float(codes.l0.sum())
         fired[codes.indices[codes.active]] = True
-        fires = codes.active.any(-1)
-        silent += float((~fires).sum())
-        cosine += float(
-            dominant_cosine(sae, keys[fires], values[fires], codes.indices[fires], codes.values[fires]).sum()
-        )
-    mean = key.double().T @ value.double() / len(key)
-    variance = power - len(key) * float(mean.square().sum())
+        silent += float((~codes.active.any(-1)).sum())
+        cosine += float(dominant_cosine(sae, block, codes).sum())
+    sae.train(was_training)
+    variance = power - len(samples) * float(samples.mean().square().sum())
     return Quality(
         fvu=error / max(variance, 1e-12 * power) if power else float("nan"),
-        l0=active / len(key),
+        l0=active / len(samples),
         dead_fraction=float((~fired).double().mean()),
-        cosine=cosine / max(len(key) - silent, 1.0),
-        silent_fraction=silent / len(key),
-        n_writes=len(key),
+        cosine=cosine / max(len(samples) - silent, 1.0),
+        silent_fraction=silent / len(samples),
+        n_writes=len(samples),
     )
 
 
-def dominant_cosine(
-    sae: WriteSAE,
-    key: Float[Tensor, "write d_k"],
-    value: Float[Tensor, "write d_v"],
-    indices: Tensor,
-    values: Tensor,
-) -> Float[Tensor, " write"]:
-    """Cosine between each write and the atom with its largest coefficient, both as matrices, from factors alone."""
-    top = indices.gather(1, values.argmax(1, keepdim=True))
-    key_rows, value_rows = sae.decoder.factors_at(top)
-    inner = ((key_rows @ key[:, :, None]) * (value_rows @ value[:, :, None])).sum((1, 2))
-    size = key.norm(dim=-1) * value.norm(dim=-1) * sae.atom_norms()[top.squeeze(1)]
-    return inner / size.clamp_min(torch.finfo(size.dtype).tiny)
+def dominant_cosine(sae: WriteSAE, samples: Samples, codes: Codes) -> Float[Tensor, " write"]:
+    """Cosine between each sample and the atom with its largest coefficient, both as matrices; 0 where no atom fires."""
+    largest, slot = codes.values.max(1, keepdim=True)
+    top = codes.indices.gather(1, slot)
+    samples = samples.to(dtype=sae.dtype)
+    inner = sae.decoder.inner_at(samples, top).squeeze(1)
+    size = samples.squared_norms().clamp_min(0).sqrt() * sae.atom_norms()[top.squeeze(1)]
+    return inner / size.clamp_min(torch.finfo(size.dtype).tiny) * (largest.squeeze(1) > 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
 from writesae.config import TrainConfig, WriteSAEConfig
-from writesae.sae import LossOutput, WriteSAE
+from writesae.sae import Factored, LossOutput, Samples, WriteSAE
 from writesae.stream.activations import WriteStream
 from writesae.stream.corpus import Passages
 from writesae.training.metrics import measure
@@ -64,24 +64,26 @@ class Trainer:
         self.resampled = 0
         self.started = time.perf_counter()
 
-    def run(self, batches: Iterable[Batch], on_step: OnStep | None = None) -> list[Line]:
+    def run(self, batches: Iterable[Batch | Samples], on_step: OnStep | None = None) -> list[Line]:
         """Train until `config.steps`; raises `ValueError` when the batches end before."""
-        source: Iterator[Batch] = iter(batches)
+        source: Iterator[Batch | Samples] = iter(batches)
+        self.sae.train()
         while self.step < self.config.steps:
             batch = next(source, None)
             if batch is None:
                 raise ValueError(f"the batches ended at step {self.step} of {self.config.steps}")
-            line = self.advance(*batch)
+            line = self.advance(batch if isinstance(batch, Samples) else Factored(*batch))
             if on_step:
                 on_step(self.step, line)
+        self.sae.eval()
         return self.log
 
-    def advance(self, key: Float[Tensor, "batch d_k"], value: Float[Tensor, "batch d_v"]) -> Line:
+    def advance(self, samples: Samples) -> Line:
         """One step. Returns the last line of the log. Raises `ValueError` when the loss is not finite."""
         dead = dead_atoms(self.sae, self.config.dead_after)
-        output = self.sae.loss(key, value)
-        aux = self._auxiliary(key, value, output, dead)
-        total = output.loss + self.config.aux_weight * aux
+        output = self.sae.loss(samples)
+        aux = self._auxiliary(samples, output, dead)
+        total = output.loss + self.config.aux_weight * aux + output.penalty
         if not torch.isfinite(total):
             came, lr = total.item(), self.config.lr
             raise ValueError(f"the loss is {came} at step {self.step}: lower lr={lr} or look at the writes")
@@ -89,15 +91,15 @@ class Trainer:
         total.backward()
         grad_norm = self._update()
         count_step(self.sae, output.codes)
-        self._move_dead_atoms(key, value, output.errors)
+        self._move_dead_atoms(samples, output.errors)
         self._write_log(output, aux, dead, grad_norm)
         self.step += 1
         return self.log[-1]
 
-    def _auxiliary(self, key: Tensor, value: Tensor, output: LossOutput, dead: Tensor) -> Tensor:
+    def _auxiliary(self, samples: Samples, output: LossOutput, dead: Tensor) -> Tensor:
         if self.config.aux_weight == 0:
             return output.loss.new_zeros(())
-        return auxiliary_loss(self.sae, key, value, output, dead, self.config.aux_k)
+        return auxiliary_loss(self.sae, samples, output, dead, self.config.aux_k)
 
     def _update(self) -> Tensor:
         """Project, clip, step at the scheduled rate, renormalise; returns the norm of the gradient before clipping."""
@@ -111,11 +113,11 @@ class Trainer:
         self.sae.decoder.normalise_()
         return grad_norm
 
-    def _move_dead_atoms(self, key: Tensor, value: Tensor, errors: Tensor) -> None:
+    def _move_dead_atoms(self, samples: Samples, errors: Tensor) -> None:
         every, done = self.config.resample_every, self.step + 1
         if every and done % every == 0 and done <= self.config.resample_until * self.config.steps:
             dead = dead_atoms(self.sae, self.config.dead_after)
-            self.resampled += resample(self.sae, self.optimizer, key, value, errors, dead, self.generator)
+            self.resampled += resample(self.sae, self.optimizer, samples, errors, dead, self.generator)
 
     def _write_log(self, output: LossOutput, aux: Tensor, dead: Tensor, grad_norm: Tensor) -> None:
         last = self.step + 1 == self.config.steps
@@ -136,7 +138,7 @@ class Trainer:
         self.log.append(line)
 
 
-def fit(sae: WriteSAE, batches: Iterable[Batch], config: TrainConfig, on_step: OnStep | None = None) -> list[Line]:
+def fit(sae: WriteSAE, batches: Iterable[Batch | Samples], config: TrainConfig, on_step: OnStep | None = None) -> list[Line]:
     """Train `sae` in place on batches (key, value); returns the log.
 
     The dictionary should have been calibrated (`sae.calibrate_`) on writes like these. `on_step(steps done, last log
