@@ -1,7 +1,7 @@
 """Which variants of WriteSAE find planted atoms again; the table of docs/recovery.md.
 
-    python benchmarks/recovery.py [--only PLANTING]... [--variant NAME]... [--seeds 0 1 2] [--threads N] [--steps N] [--json PATH]
-                                  [--markdown PATH]
+    python benchmarks/recovery.py [--only PLANTING]... [--variant NAME]... [--seeds 0 1 2] [--threads N] [--steps N]
+                                  [--json PATH] [--markdown PATH]
 
 Every planting is 512 atoms at d_k = d_v = 64; dictionaries have 512 atoms of their own and see fresh samples in every batch.
 The numbers are shares of atoms, not times, so the machine does not matter to them, but its name is written beside them.

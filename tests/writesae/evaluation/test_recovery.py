@@ -13,7 +13,7 @@ from writesae.evaluation.recovery import AS_LEARNED, SVD, VARIANTS, cosines_with
 from writesae.evaluation.recovery_result import RecoveryResult
 
 EASY = Planted(n_atoms=16, d_k=10, d_v=8, k=2)
-SHORT = TrainConfig(steps=400, batch_size=64, resample_every=100, calibration_writes=256)
+SHORT = TrainConfig(steps=250, batch_size=64, dead_after=25, resample_every=50, calibration_writes=256)
 
 
 # --- matching --------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_dense_atoms_are_read_as_learned_and_by_their_leading_outer_product():
     expected = torch.nn.functional.cosine_similarity(flat[:, None], planted.flatten(1)[None], dim=-1)
     torch.testing.assert_close(found[AS_LEARNED], expected)
     own, leading = found[AS_LEARNED].diagonal(), found[SVD].diagonal()
-    assert leading[0] == 0 and leading[1] < -0.9 and (leading[2:] > own[2:]).all() and leading[2:].min() > 0.95
+    assert leading[0] == 0 and leading[1] < -0.9 and (leading[2:] > own[2:]).all() and leading[2:].min() > 0.9
 
 
 # --- the experiment --------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_planted_atoms_are_found_again(result):
         *(("flat", reading, seed) for seed in (0, 1) for reading in (AS_LEARNED, SVD)),
     ]
     assert (table.loc["bilinear"]["recovered"] >= 0.8).all()
-    assert (table.loc["bilinear"]["fvu"] < 0.2).all() and (table["l0"] <= 2).all() and (table["steps"] == 400).all()
+    assert (table.loc["bilinear"]["fvu"] < 0.2).all() and (table["l0"] <= 2).all() and (table["steps"] == 250).all()
     assert (table["recovered"] <= table["recovered_best"]).all()
 
 
@@ -136,7 +136,7 @@ def test_json_and_markdown_hold_the_result(result, tmp_path):
     content = json.loads(path.read_text())
     assert content["threshold"] == 0.95 and len(content["records"]) == len(result.table)
     assert content["config"]["easy"]["planted"] == EASY.to_dict()
-    assert content["config"]["easy"]["train"]["flat"]["steps"] == 400
+    assert content["config"]["easy"]["train"]["flat"]["steps"] == 250
     assert [row["variant"] for row in content["summary"]] == ["bilinear", "flat", "flat"]
     lines = result.to_markdown().splitlines()
     assert len(lines) == 2 + 3 and lines[-1].startswith("| easy | flat | svd | ")
