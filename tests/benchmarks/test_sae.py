@@ -71,9 +71,7 @@ def test_a_step_of_every_side_trains(benchmark):
     step, before = sae_sides.dense_step(sae, batch.matrices())
     for _ in range(50):
         step()
-    assert (
-        sae_sides.dense_step(sae, batch.matrices())[1] == before
-    )  # the dictionary itself is untouched
+    assert sae_sides.dense_step(sae, batch.matrices())[1] == before  # the dictionary itself is untouched
     sae.calibrate_(batch)
     step, before = sae_sides.our_step(sae, batch)
     for _ in range(100):

@@ -91,7 +91,7 @@ class Trainer:
         total.backward()
         grad_norm = self._update()
         count_step(self.sae, output.codes)
-        self._move_dead_atoms(samples, output.errors)
+        self._move_dead_atoms(samples, output)
         self._write_log(output, aux, dead, grad_norm)
         self.step += 1
         return self.log[-1]
@@ -113,11 +113,13 @@ class Trainer:
         self.sae.decoder.normalise_()
         return grad_norm
 
-    def _move_dead_atoms(self, samples: Samples, errors: Tensor) -> None:
+    def _move_dead_atoms(self, samples: Samples, output: LossOutput) -> None:
         every, done = self.config.resample_every, self.step + 1
         if every and done % every == 0 and done <= self.config.resample_until * self.config.steps:
             dead = dead_atoms(self.sae, self.config.dead_after)
-            self.resampled += resample(self.sae, self.optimizer, samples, errors, dead, self.generator)
+            self.resampled += resample(
+                self.sae, self.optimizer, samples, output.errors, dead, self.generator, codes=output.codes
+            )
 
     def _write_log(self, output: LossOutput, aux: Tensor, dead: Tensor, grad_norm: Tensor) -> None:
         last = self.step + 1 == self.config.steps
