@@ -71,8 +71,8 @@ def resample(
 
     At most as many atoms move as there are samples with an error, lowest numbers first. A moved atom becomes the leading
     singular pair of its sample (a dense one the sample itself) at unit norm, or, where the samples are no single outer
-    products and `codes` tells how they are rebuilt, that of what is left of its sample; its encoder points the same way at a small
-    length, its bias and counter are zero, and the optimiser forgets its moments. With several processes the batch is
+    products and `codes` tells how they are rebuilt, that of what is left of its sample; its encoder points the same way
+    at a small length, its bias and counter are zero, and the optimiser forgets its moments. With several processes the batch is
     that of all of them, and every process moves the same atoms alike. Returns how many were moved.
     """
     world = world or World()
