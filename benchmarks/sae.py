@@ -7,6 +7,9 @@ Parts, all with 2,048 atoms, k = 32, float32, on a CPU:
     writes   a training step on 256 writes at d_k = d_v = 64, 128, 256
     growth   the same step at doubling widths, which take turns as sides do: 2.0x per doubling is linear in d, 4.0x is
              linear in d_k d_v
+    states   a step on all states of a passage under scalar decay, per state, and the memory that it takes: ours from the net
+             writes by running sums (their making and the states' norms are in its time), the dense formulation on a
+             batch of the same states, ready made
     memory   what a dictionary, its optimiser and two steps add to the memory of a fresh process, at its peak
 
 What the sides are is told in `support/sae_sides.py`. All start from the same dictionary and batch, and must have the same
@@ -19,6 +22,7 @@ installed, its side is left out and the notes say so.
 from functools import partial
 from pathlib import Path
 
+import torch
 from support.machine import median_seconds, peak_increase
 from support.report import Options, Part, Row, Section, run_parts
 from support.sae_sides import (
@@ -27,14 +31,19 @@ from support.sae_sides import (
     dictionary,
     has_sae_lens,
     must_agree,
+    net_writes,
     our_step,
     sae_lens_step,
     writes,
 )
 
+from writesae.sae.states import StateSequences
+
 N_ATOMS, K, BATCH = 2048, 32, 256
+LENGTHS = (1024, 4096)
+STATE_WIDTH = 128
 WIDTHS, OWN_WIDTHS = (64, 128, 256), (64, 128, 256, 512)
-QUICK = {"n_atoms": 40, "k": 4, "batch": 16, "widths": (6, 12)}
+QUICK = {"n_atoms": 40, "k": 4, "batch": 16, "widths": (6, 12), "lengths": (20, 40)}
 OURS, DENSE, SAE_LENS = "ours", "dense bilinear", "SAELens TopK"
 THEIRS = {DENSE: dense_step, **({SAE_LENS: sae_lens_step} if has_sae_lens() else {})}
 LEFT_OUT = "" if has_sae_lens() else " SAELens is left out: sae_lens is not installed here."
@@ -63,7 +72,7 @@ def steps_at(width: int, quick: bool, sides: tuple[str, ...] = (OURS, *THEIRS)) 
         if side == OURS:
             continue
         made[side] = THEIRS[side](sae, batch.scaled(sae.input_scale).matrices())
-    made = {OURS: our_step(sae, batch), **made}
+    made = {OURS: our_step(sae, lambda: batch), **made}
     error = must_agree(f"d = {width}", {side: loss for side, (_, loss) in made.items()})
     return {side: step for side, (step, _) in made.items() if side in sides}, error
 
@@ -101,6 +110,52 @@ def growth(options: Options) -> Section:
     )
 
 
+def steps_on_states(length: int, quick: bool) -> tuple[dict[str, Step], dict[str, int], float]:
+    """One step of each side on states of a passage, how many states each takes, and the relative difference of their losses."""
+    shape, width = shape_of(quick), QUICK["widths"][0] if quick else STATE_WIDTH
+    changes = net_writes(width, length)
+    sae = dictionary(width, shape["n_atoms"], shape["k"])
+    sae.calibrate_(StateSequences(*changes))
+    few = min(shape["batch"], length)
+    ours = float(sae.loss(StateSequences(*changes)).errors[-few:].mean())
+    x = StateSequences(*changes).take(torch.arange(length - few, length)).scaled(sae.input_scale).matrices()
+    dense, theirs = dense_step(sae, x)
+    error = must_agree(f"the last {few} states of {length}", {OURS: ours, DENSE: theirs})
+    step = our_step(sae, lambda: StateSequences(*changes))[0]
+    return {OURS: step, DENSE: dense}, {OURS: length, DENSE: few}, error
+
+
+def states(options: Options) -> Section:
+    """A training step on states, per state."""
+    rows: list[Row] = []
+    for length in QUICK["lengths"] if options.quick else LENGTHS:
+        steps, counts, error = steps_on_states(length, options.quick)
+        taken = median_seconds(steps, options.repeats, warmups=2)
+        seconds = {side: taken[side] / counts[side] for side in taken}
+        row: Row = {"T": length, "a step of ours": taken[OURS], **{f"{side}, ms": seconds[side] for side in seconds}}
+        peak = options.memory(f"states: {length}")["increase"]
+        width = QUICK["widths"][0] if options.quick else STATE_WIDTH
+        row |= {**ratios(seconds), "peak of ours, MB": peak, "all states, MB": 4 * length * width**2}
+        rows.append({**row, "largest error": error})
+    batch = shape_of(options.quick)["batch"]
+    title = f"Milliseconds per state of a training step on states, d_k = d_v = {STATE_WIDTH}"
+    return Section(title, rows, f"Ours takes all T states of a passage at once, the dense side {batch} of them.")
+
+
+def state_memory(length: int, quick: bool) -> dict[str, int]:
+    """Bytes that our dictionary, its optimiser and two steps on all states of a passage need, in this process."""
+
+    def run(length: int, width: int, quick: bool) -> None:
+        shape, changes = shape_of(quick), net_writes(width, length)
+        sae = dictionary(width, shape["n_atoms"], shape["k"])
+        sae.calibrate_(StateSequences(*changes))
+        step = our_step(sae, lambda: StateSequences(*changes))[0]
+        step(), step()
+
+    width = QUICK["widths"][0] if quick else STATE_WIDTH
+    return peak_increase(partial(run, 16, 8, True), partial(run, length, width, quick))
+
+
 def step_memory(side: str, width: int, quick: bool) -> dict[str, int]:
     """Bytes that one side's dictionary, optimiser and two steps need, in this process."""
 
@@ -127,12 +182,12 @@ def memory(options: Options) -> Section:
     return Section("What training adds to a process's memory", rows, note)
 
 
-PARTS: dict[str, Part] = {"writes": on_writes, "growth": growth, "memory": memory}
+PARTS: dict[str, Part] = {"writes": on_writes, "growth": growth, "states": states, "memory": memory}
 MEMORY = {
     f"{side}: {width}": partial(step_memory, side, width)
     for side in (OURS, *THEIRS)
     for width in {*widths_of(side, False), *QUICK["widths"]}
-}
+} | {f"states: {length}": partial(state_memory, length) for length in (*LENGTHS, *QUICK["lengths"])}
 
 
 if __name__ == "__main__":

@@ -101,13 +101,13 @@ def sae_lens_step(like: WriteSAE, x: Tensor) -> tuple[Step, float]:
         return step, float(sae.training_forward_pass(given).loss)
 
 
-def our_step(sae: WriteSAE, samples: Samples) -> tuple[Step, float]:
-    """A step of ours, and its loss before the first one; no atom is ever dead."""
+def our_step(sae: WriteSAE, make: Callable[[], Samples]) -> tuple[Step, float]:
+    """A step of ours on the samples that `make` gives, and its loss before the first one; no atom is ever dead."""
     config = TrainConfig(steps=NEVER, lr=1e-3, dead_after=NEVER, resample_every=0, log_every=NEVER)
     trainer = Trainer(sae.train(), config)
     with torch.no_grad():
-        loss = float(sae.loss(samples).loss)
-    return lambda: trainer.advance(samples), loss
+        loss = float(sae.loss(make()).loss)
+    return lambda: trainer.advance(make()), loss
 
 
 def dictionary(width: int, n_atoms: int, k: int) -> WriteSAE:
@@ -120,6 +120,13 @@ def writes(width: int, n: int) -> Factored:
     generator = torch.Generator().manual_seed(width)
     key = nn.functional.normalize(torch.randn(n, width, generator=generator), dim=-1)
     return Factored(key, torch.randn(n, width, generator=generator))
+
+
+def net_writes(width: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log_decay [1, pos], keys and values [1, pos, d] of one passage whose states hold some ten writes each."""
+    generator = torch.Generator().manual_seed(length)
+    batch = writes(width, length)
+    return -0.2 * torch.rand(1, length, generator=generator), batch.key.transpose(0, 1), batch.value.transpose(0, 1)
 
 
 def must_agree(where: str, losses: dict[str, float]) -> float:

@@ -15,6 +15,7 @@ PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "sae.py"
 COLUMNS = {
     "writes": {"d_k = d_v", "ours", "dense bilinear", "dense bilinear / ours", "largest error"},
     "growth": {"side", "d_k = d_v", "a step", "time / time at half the width"},
+    "states": {"T", "ours, ms", "dense bilinear, ms", "dense bilinear / ours", "peak of ours, MB", "largest error"},
     "memory": {"side", "d_k = d_v", "peak, MB", "peak / ours"},
 }
 
@@ -37,10 +38,16 @@ def test_every_part_runs_and_is_written(benchmark, tmp_path, monkeypatch, capsys
     assert list(parts) == list(COLUMNS)
     for name, part in parts.items():
         assert COLUMNS[name] <= set().union(*part["rows"])
+        if name == "states":  # SAELens's side would be the same as on writes
+            continue
         installed = "SAELens is left out" not in part["note"]
         assert installed == sae_sides.has_sae_lens() == any("SAELens TopK" in str(row) for row in part["rows"])
     for row in parts["writes"]["rows"]:
         assert row["dense bilinear / ours"] == pytest.approx(row["dense bilinear"] / row["ours"])
+    for row in parts["states"]["rows"]:
+        assert row["dense bilinear / ours"] == pytest.approx(row["dense bilinear, ms"] / row["ours, ms"])
+        assert row["ours, ms"] == pytest.approx(row["a step of ours"] / row["T"])
+    for row in parts["writes"]["rows"] + parts["states"]["rows"]:
         assert row["largest error"] < 1e-4
     assert "left out" in capsys.readouterr().out or sae_sides.has_sae_lens()
 
@@ -73,7 +80,7 @@ def test_a_step_of_every_side_trains(benchmark):
         step()
     assert sae_sides.dense_step(sae, batch.matrices())[1] == before  # the dictionary itself is untouched
     sae.calibrate_(batch)
-    step, before = sae_sides.our_step(sae, batch)
+    step, before = sae_sides.our_step(sae, lambda: batch)
     for _ in range(100):
         step()
     assert float(sae.loss(batch).loss.detach()) < 0.95 * before
