@@ -37,8 +37,12 @@ def long_parts(source: str) -> Iterator[str]:
 
 
 def undocumented(source: str) -> Iterator[str]:
-    """The module, every public function and class, and every public method without a docstring."""
+    """The module, every public function and class, and every public method without a docstring.
+
+    A method is documented where a base class of the same file says what it does, as `help` finds it there too.
+    """
     tree = ast.parse(source)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     if tree.body and ast.get_docstring(tree) is None:
         yield "the module has no docstring"
     for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
@@ -46,8 +50,20 @@ def undocumented(source: str) -> Iterator[str]:
             continue
         for node in owner.body:
             if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
-                if ast.get_docstring(node) is None and not is_overload(node):
+                if ast.get_docstring(node) is None and not is_overload(node) and not inherits(node.name, owner, classes):
                     yield f"{node.name} (line {node.lineno}) has no docstring"
+
+
+def inherits(method: str, owner: ast.AST, classes: dict[str, ast.ClassDef]) -> bool:
+    """Whether a base class among `classes`, near or far, has this method with a docstring."""
+    for base in getattr(owner, "bases", []):
+        parent = classes.get(ast.unparse(base))
+        if parent is None:
+            continue
+        own = [node for node in parent.body if isinstance(node, Function) and node.name == method]
+        if any(ast.get_docstring(node) is not None for node in own) or inherits(method, parent, classes):
+            return True
+    return False
 
 
 def is_overload(node: ast.AST) -> bool:
@@ -153,6 +169,11 @@ def test_imports_point_down_the_floors(monkeypatch, capsys):
         (long_parts, "x = 1\n" * 401, "401 lines in one file"),
         (long_parts, "def f():\n" + "    x = 1\n" * 60, "f (line 1) has 61 lines"),
         (undocumented, '"""m"""\nclass A:\n    """a"""\n    def b(self): ...\n', "b (line 4)"),
+        (
+            undocumented,
+            '"""m"""\nclass A:\n    """a"""\n    def c(self): "says"\nclass B(A):\n    """b"""\n    def d(self): ...\n',
+            "d (line 7)",
+        ),
         (undocumented, "def f(): ...\n", "the module"),
         (unsafe_reads, "import pickle\n", "imports pickle"),
         (unsafe_reads, "from joblib import load\n", "imports joblib"),

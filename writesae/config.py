@@ -4,6 +4,7 @@ The variant is written down (`encoder`, `decoder`, `activation`) and saved with 
 to guess it from tensor names. A new one adds its name to the tuple here and a class beside the others in `writesae.sae`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -92,12 +93,16 @@ class WriteSAEConfig(StrictConfig):
         require_one_of(owner, "activation", self.activation, ACTIVATIONS)
         if self.encoder == "tied" and self.decoder == "dense":
             raise ValueError("WriteSAEConfig.encoder 'tied' reads the decoder's factors, and decoder 'dense' has none")
-        object.__setattr__(self, "matryoshka", tuple(self.matryoshka))  # JSON gives lists
         sizes = (0, *self.matryoshka, self.n_atoms + 1)
         if any(small >= large for small, large in zip(sizes, sizes[1:], strict=False)):
             raise ValueError(
                 f"WriteSAEConfig.matryoshka must be rising sizes in 1..{self.n_atoms}, got {self.matryoshka}"
             )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "WriteSAEConfig":
+        """As every config; JSON's lists become tuples."""
+        return super().from_dict({name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     @classmethod
     def preset(cls, name: str, d_k: int, d_v: int, **fields: Any) -> "WriteSAEConfig":

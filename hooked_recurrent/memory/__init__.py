@@ -4,21 +4,25 @@
     retention             how much of a write is left in the state, token after token
     spectrum              singular values of the state over time, and its effective ranks
     half_life             how many tokens the decay alone leaves a memory
+    changes               what every token did to the state, erase and write in one: its net write
 
 Each takes the cache of a run (or bare Factors) and gives a small result with its numbers as tensors and `to_dataframe()`;
 `hooked_recurrent.memory.plots` draws them.
 """
 
 from hooked_recurrent.memory.attention import EffectiveAttention, effective_attention
+from hooked_recurrent.memory.changes import Changes, changes
 from hooked_recurrent.memory.decay import HalfLives, half_life
 from hooked_recurrent.memory.remains import Retention, retention
 from hooked_recurrent.memory.spectra import Spectrum, spectrum
 
 __all__ = [
+    "Changes",
     "EffectiveAttention",
     "HalfLives",
     "Retention",
     "Spectrum",
+    "changes",
     "effective_attention",
     "half_life",
     "retention",

@@ -87,7 +87,9 @@ class Activation(nn.Module):
         values = chosen_scores.relu()
         return values if choice.keep is None else values * choice.keep
 
-    def gates(self, chosen_scores: Float[Tensor, "batch chosen"], choice: Choice) -> Float[Tensor, "batch chosen"] | None:
+    def gates(
+        self, chosen_scores: Float[Tensor, "batch chosen"], choice: Choice
+    ) -> Float[Tensor, "batch chosen"] | None:
         """Coefficients by which the gate alone must rebuild the input through frozen atoms; None without a gate."""
         return None
 

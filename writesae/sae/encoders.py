@@ -9,6 +9,7 @@ The bilinear factors are untied from the decoder's, so an atom may listen for so
 out equal. All atoms are scored to find the active ones; only these get a gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -223,4 +224,8 @@ class LinearEncoder(Encoder):
         self.weight[atoms] = length * F.normalize(chosen.matrices().flatten(1), dim=1).view_as(self.weight[atoms])
 
 
-ENCODERS: dict[str, type[Encoder]] = {"bilinear": BilinearEncoder, "tied": TiedEncoder, "linear": LinearEncoder}
+ENCODERS: dict[str, Callable[[WriteSAEConfig, Decoder, torch.Generator, bool], Encoder]] = {
+    "bilinear": BilinearEncoder,
+    "tied": TiedEncoder,
+    "linear": LinearEncoder,
+}

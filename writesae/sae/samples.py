@@ -138,7 +138,7 @@ class Samples(ABC):
 class Factored(Samples):
     """Sums of outer products X = sum_m key_m value_m^T. `key` is [sample, d_k] or [sample, term, d_k], `value` alike."""
 
-    def __init__(self, key: Float[Tensor, "sample *term d_k"], value: Float[Tensor, "sample *term d_v"]):
+    def __init__(self, key: Float[Tensor, "sample *term d_k"], value: Float[Tensor, "same *terms d_v"]):
         if key.ndim not in (2, 3) or key.shape[:-1] != value.shape[:-1]:
             came = f"{tuple(key.shape)} and {tuple(value.shape)}"
             raise ValueError(f"factors must be [sample, d] or [sample, term, d] with the same leading axes, got {came}")
@@ -185,7 +185,8 @@ class Factored(Samples):
         if inner.kept[0].dtype != self.dtype:  # scored in a narrower type: good enough to choose by, not to learn from
             return self.inner_with(left[indices], right[indices], (left, right), indices)
         by_term = indices.repeat_interleave(self.terms, 0) if self.terms > 1 else indices
-        products = bilinear_at(left, right, self.key.flatten(0, 1), self.value.flatten(0, 1), *inner.kept, by_term)
+        key, value, (by_key, by_value) = self.key.flatten(0, 1), self.value.flatten(0, 1), inner.kept
+        products = bilinear_at(left, right, key, value, by_key, by_value, by_term)
         return self._sum_terms(products)
 
     def inner_with(
@@ -250,7 +251,7 @@ class Vectors(Factored):
 class Matrices(Samples):
     """Matrices as they are, [sample, d_k, d_v]."""
 
-    def __init__(self, x: Float[Tensor, "sample d_k d_v"]):
+    def __init__(self, x: Float[Tensor, "sample *d_k_d_v"]):
         if x.ndim != 3:
             raise ValueError(f"matrices must be [sample, d_k, d_v], got shape {tuple(x.shape)}")
         self.x = x

@@ -1,80 +1,88 @@
-"""The bilinear encoder: scores of writes from their factors, of matrices by definition, and at chosen atoms."""
+"""Encoders: scores by definition, at chosen atoms, their gradients, and where moved atoms point."""
 
 import pytest
 import torch
 
 from writesae.config import WriteSAEConfig
-from writesae.sae.encoders import BilinearEncoder
+from writesae.sae.atoms import DECODERS
+from writesae.sae.encoders import ENCODERS
+from writesae.sae.samples import Factored, Matrices
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-SCALE = torch.tensor(0.5, dtype=torch.float64)
+KINDS = [
+    ("bilinear", "outer_product", 1),
+    ("bilinear", "dense", 2),
+    ("tied", "outer_product", 2),
+    ("linear", "dense", 1),
+]
 
 
-def encoder_of(rank, n_atoms=7):
-    config = WriteSAEConfig(d_k=5, d_v=4, n_atoms=n_atoms, k=2, rank=rank)
-    encoder = BilinearEncoder(config, torch.randn(n_atoms, rank, 5), torch.randn(n_atoms, rank, 4)).double()
+def encoder_of(encoder, decoder, rank, n_atoms=7):
+    config = WriteSAEConfig(d_k=5, d_v=4, n_atoms=n_atoms, k=2, rank=rank, encoder=encoder, decoder=decoder)
+    generator = torch.Generator().manual_seed(0)
+    atoms = DECODERS[decoder](config, generator).double()
+    made = ENCODERS[encoder](config, atoms, generator, biased=True).double()
     with torch.no_grad():
-        encoder.bias.normal_()
-    return encoder
+        for parameter in made.parameters():
+            parameter.normal_()
+    return made, atoms
 
 
-def writes(n=3):
-    return torch.randn(n, 5, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)
+def listening_matrices(encoder, atoms, kind):
+    """What every atom takes the inner product with."""
+    if kind == "linear":
+        return encoder.weight
+    factors = (atoms.key_atoms, atoms.value_atoms) if kind == "tied" else (encoder.key_factors, encoder.value_factors)
+    return torch.einsum("nrk,nrv->nkv", *factors)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_all_three_ways_score_alike(rank):
-    encoder, (key, value) = encoder_of(rank), writes()
-    by_definition = torch.stack(
-        [
-            sum(
-                (encoder.key_factors[i, r] @ torch.outer(key[b], value[b]) @ encoder.value_factors[i, r])
-                for r in range(rank)
-            )
-            + SCALE * encoder.bias[i]
-            for b in range(3)
-            for i in range(7)
-        ]
-    ).view(3, 7)
-    of_matrix = encoder.scores_of_matrix(torch.einsum("bk,bv->bkv", key, value), SCALE)
-    projections = encoder.project(key, value, SCALE)
-    indices = torch.tensor([[6, 0], [2, 3], [1, 1]])
-    chosen = encoder.at(indices, key, value, projections, SCALE)
-    torch.testing.assert_close(of_matrix, by_definition, **TIGHT)
-    torch.testing.assert_close(projections.scores, by_definition, **TIGHT)
-    torch.testing.assert_close(chosen, by_definition.gather(1, indices), **TIGHT)
-    assert not projections.scores.requires_grad
+def writes(terms, n=3):
+    return Factored(torch.randn(n, terms, 5).double(), torch.randn(n, terms, 4).double())
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_gradients_at_chosen_atoms_are_those_of_the_definition(rank):
-    encoder, (key, value) = encoder_of(rank), writes()
-    indices, weights = torch.tensor([[6, 0], [2, 3], [1, 6]]), torch.rand(3, 2, dtype=torch.float64)
-    (encoder.at(indices, key, value, encoder.project(key, value, SCALE), SCALE) * weights).sum().backward()
-    factored = [parameter.grad.clone() for parameter in encoder.parameters()]
-    encoder.zero_grad()
-    scores = encoder.scores_of_matrix(torch.einsum("bk,bv->bkv", key, value), SCALE)
-    (scores.gather(1, indices) * weights).sum().backward()
-    for ours, parameter in zip(factored, encoder.parameters(), strict=True):
-        torch.testing.assert_close(ours, parameter.grad, **TIGHT)
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize(("kind", "decoder", "rank"), KINDS)
+def test_scores_and_their_gradients_are_those_of_the_definition(kind, decoder, rank, terms):
+    encoder, atoms = encoder_of(kind, decoder, rank)
+    factored, indices = writes(terms), torch.tensor([[6, 0], [2, 3], [1, 6]])
+    weights, parameters = torch.rand(3, 2).double(), [*encoder.parameters(), *atoms.parameters()]
+    definition = (
+        torch.einsum("bkv,nkv->bn", factored.matrices(), listening_matrices(encoder, atoms, kind)) + encoder.bias
+    )
+    expected = torch.autograd.grad((definition.gather(1, indices) * weights).sum(), parameters, allow_unused=True)
+    for samples in (factored, Matrices(factored.matrices())):
+        scores = encoder.project(samples)
+        torch.testing.assert_close(scores.scores, definition.detach(), **TIGHT)
+        assert not scores.scores.requires_grad
+        chosen = encoder.at(indices, samples, scores)
+        torch.testing.assert_close(chosen, definition.gather(1, indices), **TIGHT)
+        found = torch.autograd.grad((chosen * weights).sum(), parameters, allow_unused=True)
+        for ours, reference in zip(found, expected, strict=True):
+            assert (ours is None) == (reference is None)
+            if reference is not None:
+                torch.testing.assert_close(ours, reference, **TIGHT)
 
 
-def test_absorbed_mean_centres_the_scores():
-    encoder, (key, value) = encoder_of(2), writes()
-    mean = torch.randn(5, 4, dtype=torch.float64)
-    encoder.absorb_mean_(mean, 1 / SCALE)
-    x = torch.einsum("bk,bv->bkv", key, value)
-    centred = torch.einsum("nrk,bkv,nrv->bn", encoder.key_factors, x - mean, encoder.value_factors)
-    torch.testing.assert_close(encoder.scores_of_matrix(x, SCALE), centred, **TIGHT)
+@pytest.mark.parametrize(("kind", "decoder", "rank"), KINDS)
+def test_scores_of_a_matrix_and_amplification(kind, decoder, rank):
+    encoder, atoms = encoder_of(kind, decoder, rank)
+    x = torch.randn(5, 4).double()
+    before = encoder.of_matrix(x).detach().clone()
+    torch.testing.assert_close(before, (listening_matrices(encoder, atoms, kind) * x).sum((1, 2)).detach(), **TIGHT)
+    louder = encoder.amplify_(torch.tensor(2.5).double())
+    assert louder == (kind != "tied")
+    torch.testing.assert_close(encoder.of_matrix(x).detach(), before * (2.5 if louder else 1.0), **TIGHT)
 
 
-def test_reset_shrinks_to_the_living_and_clears_the_bias():
-    encoder = encoder_of(1)
-    alive = torch.tensor([0, 1, 2])
-    mean_length = encoder.key_factors[alive].norm(dim=-1).mean()
-    direction = torch.nn.functional.normalize(torch.randn(1, 5, dtype=torch.float64), dim=1)
-    encoder.reset_(torch.tensor([5]), direction, torch.randn(1, 4, dtype=torch.float64), alive, 0.2)
-    torch.testing.assert_close(encoder.key_factors[5, 0], 0.2 * mean_length * direction[0], **TIGHT)
+@pytest.mark.parametrize(("kind", "decoder", "rank"), [KINDS[0], KINDS[3]])
+def test_reset_shrinks_to_the_living_and_clears_the_bias(kind, decoder, rank):
+    encoder, _ = encoder_of(kind, decoder, rank)
+    alive, chosen = torch.tensor([0, 1, 2]), writes(1, n=1)
+    rows = (lambda: encoder.weight.flatten(1)) if kind == "linear" else (lambda: encoder.key_factors[:, 0])
+    wanted = chosen.matrices().flatten(1) if kind == "linear" else chosen.key[:, 0]
+    mean_length = rows()[alive].norm(dim=-1).mean()
+    encoder.reset_(torch.tensor([5]), chosen, chosen.leading(torch.arange(1)), alive, 0.2)
+    torch.testing.assert_close(rows()[5], 0.2 * mean_length * wanted[0] / wanted[0].norm(), **TIGHT)
     assert encoder.bias[5] == 0 and encoder.bias[4] != 0
-    encoder.reset_(torch.tensor([5]), direction, torch.randn(1, 4, dtype=torch.float64), alive[:0], 0.2)
-    assert abs(encoder.key_factors[5].norm().item() - 0.2) < 1e-12
+    encoder.reset_(torch.tensor([5]), chosen, chosen.leading(torch.arange(1)), alive[:0], 0.2)
+    assert abs(rows()[5].norm().item() - 0.2) < 1e-12

@@ -13,20 +13,28 @@ def random(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
-def test_squared_norm_of_sum_is_that_of_the_matrix(batch, terms, d_k, d_v, seed):
+@given(*[st.integers(1, 4)] * 2, st.integers(1, 30), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
+def test_squared_norm_of_sum_is_that_of_the_matrix(batch, levels, terms, d_k, d_v, seed):
     coefficients, left, right = (
-        random(batch, terms, seed=seed),
+        random(batch, levels, terms, seed=seed),
         random(batch, terms, d_k),
         random(batch, terms, d_v, seed=1),
     )
-    matrix = torch.einsum("bt,btk,btv->bkv", coefficients, left, right)
-    expected = matrix.square().sum((1, 2))
+    matrix = torch.einsum("blt,btk,btv->blkv", coefficients, left, right)
+    expected = matrix.square().sum((2, 3))
     torch.testing.assert_close(squared_norm_of_sum(coefficients, left, right), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_squared_norm_of_sum_gradients():
-    inputs = [random(3, 4).requires_grad_(), random(3, 4, 5).requires_grad_(), random(3, 4, 6, seed=1).requires_grad_()]
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("advantage", [0, 100])
+def test_squared_norm_of_sum_gradients(monkeypatch, levels, advantage):
+    """By Gram matrices and by the matrix itself; one list of coefficients, which takes a way of its own, and several."""
+    monkeypatch.setattr("writesae.sae.factored._GRAM_ADVANTAGE", advantage)
+    inputs = [
+        random(3, levels, 4).requires_grad_(),
+        random(3, 4, 5).requires_grad_(),
+        random(3, 4, 6, seed=1).requires_grad_(),
+    ]
     assert gradcheck(squared_norm_of_sum, inputs)
     frozen = [inputs[0], inputs[1].detach(), inputs[2]]
     assert gradcheck(squared_norm_of_sum, frozen)

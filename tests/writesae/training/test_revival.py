@@ -43,14 +43,15 @@ def test_counters_rise_and_fall():
 @pytest.mark.parametrize("center", [False, True])
 def test_auxiliary_loss_is_the_error_of_rebuilding_the_residual(rank, center):
     sae, (key, value), dead = sae_of(rank, center), writes(), some_dead()
-    aux = auxiliary_loss(sae, key, value, sae.loss(key, value), dead, k=4)
+    aux = auxiliary_loss(sae, Factored(key, value), sae.loss(key, value), dead, k=4)
     aux.backward()
     factored = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
     sae.zero_grad()
 
     x = torch.einsum("bk,bv->bkv", key, value)
     residual = (x - sae(x)).detach()
-    scores = sae.encoder.scores_of_matrix(x, 1 / sae.input_scale).masked_fill(~dead, -torch.inf)
+    scores = torch.einsum("nrk,bkv,nrv->bn", sae.encoder.key_factors, x, sae.encoder.value_factors)
+    scores = (scores + sae.encoder.bias / sae.input_scale).masked_fill(~dead, -torch.inf)
     values, indices = scores.topk(4)
     rebuilt = sae.decoder.decode(indices, values.relu())
     reference = ((residual - rebuilt) * sae.input_scale).square().sum((1, 2)).mean()
@@ -65,21 +66,14 @@ def test_auxiliary_loss_is_the_error_of_rebuilding_the_residual(rank, center):
 def test_auxiliary_loss_is_zero_without_atoms_to_revive(n_dead, k):
     sae, (key, value) = sae_of(), writes()
     dead = torch.arange(20) < n_dead
-    assert auxiliary_loss(sae, key, value, sae.loss(key, value), dead, k) == 0
+    assert auxiliary_loss(sae, Factored(key, value), sae.loss(key, value), dead, k) == 0
 
 
 def test_auxiliary_loss_takes_fewer_atoms_than_k():
     sae, (key, value) = sae_of(), writes()
     output = sae.loss(key, value)
-    two, many = (auxiliary_loss(sae, key, value, output, some_dead(2), k) for k in (2, 50))
+    two, many = (auxiliary_loss(sae, Factored(key, value), output, some_dead(2), k) for k in (2, 50))
     torch.testing.assert_close(two, many)
-
-
-def test_auxiliary_loss_refuses_a_dense_output():
-    sae, (key, value) = sae_of(), writes()
-    output = sae.dense_loss(torch.einsum("bk,bv->bkv", key, value))
-    with pytest.raises(ValueError, match="dense_loss holds no factors"):
-        auxiliary_loss(sae, key, value, output, some_dead(), 4)
 
 
 def trained_once(sae):
@@ -99,7 +93,7 @@ def test_resampled_atoms_lie_on_badly_rebuilt_writes(rank):
     sae.steps_since_active.fill_(500)
     errors = torch.tensor([0.0, 0, 3, 0, 0, 0, 1, 0, 0], dtype=torch.float64)
     before = [parameter.detach().clone() for parameter in sae.parameters()]
-    moved = resample(sae, optimizer, key, value, errors, dead, torch.Generator().manual_seed(0))
+    moved = resample(sae, optimizer, Factored(key, value), errors, dead, torch.Generator().manual_seed(0))
     assert moved == 2
     x = torch.einsum("bk,bv->bkv", key, value)[[2, 6]].flatten(1)
     atoms = torch.stack([sae.atom(i).AB for i in (18, 19)]).flatten(1)
@@ -121,9 +115,9 @@ def test_no_more_atoms_move_than_there_are_writes_with_an_error():
     key[4] = 0.0  # an empty write has no direction to move to
     errors = torch.tensor([0.0, 0, 3, 0, 5, 0, 1, 0, -1e-9], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    assert resample(sae, optimizer, key, value, errors, some_dead(7), generator) == 2
-    assert resample(sae, optimizer, key, value, 0 * errors, some_dead(7), generator) == 0
-    assert resample(sae, optimizer, key, value, errors, some_dead(0) & False, generator) == 0
+    assert resample(sae, optimizer, Factored(key, value), errors, some_dead(7), generator) == 2
+    assert resample(sae, optimizer, Factored(key, value), 0 * errors, some_dead(7), generator) == 0
+    assert resample(sae, optimizer, Factored(key, value), errors, some_dead(0) & False, generator) == 0
     assert all(torch.isfinite(parameter).all() for parameter in sae.parameters())
 
 
@@ -131,7 +125,7 @@ def test_resampling_a_wholly_dead_dictionary_works():
     sae, (key, value) = sae_of(), writes()
     everything = torch.ones(20, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
-    assert resample(sae, trained_once(sae), key, value, torch.ones(9).double(), everything, generator) == 9
+    assert resample(sae, trained_once(sae), Factored(key, value), torch.ones(9).double(), everything, generator) == 9
     assert all(torch.isfinite(parameter).all() for parameter in sae.parameters())
 
 
