@@ -5,6 +5,7 @@
 
 Every planting is 512 atoms at d_k = d_v = 64; dictionaries have 512 atoms of their own and see fresh samples in every batch.
 The numbers are shares of atoms, not times, so the machine does not matter to them, but its name is written beside them.
+A JSON file that exists is added to: what it holds already is not trained again, so a run that was stopped goes on.
 """
 
 import argparse
@@ -38,23 +39,26 @@ def shrunk(planted: Planted) -> Planted:
     return Planted(**{**planted.to_dict(), **QUICK, "k": min(planted.k, 2)})
 
 
-def run(name: str, arguments: argparse.Namespace, console: Console) -> RecoveryResult:
-    """One planting, all its variants and seeds."""
-    planted, k, variants = PLANTINGS[name]
+def run(name: str, variant: str, seed: int, arguments: argparse.Namespace) -> RecoveryResult:
+    """Train one dictionary, and count what it finds."""
+    planted, k, _ = PLANTINGS[name]
     if arguments.quick:
         planted, k = shrunk(planted), min(k, 2)
-    steps = 3 if arguments.quick else arguments.steps
-    train = TrainConfig(steps=steps, batch_size=16 if arguments.quick else 256)
-    chosen = [variant for variant in variants if variant in (arguments.variant or variants)]
-    return recovery(
-        planted,
-        chosen,
-        name=name,
-        seeds=arguments.seeds,
-        k=k,
-        train=train,
-        progress=lambda what, done, total: console.print(f"{name}: {what}", style="dim"),
+    train = TrainConfig(
+        steps=3 if arguments.quick else arguments.steps, batch_size=16 if arguments.quick else 256, resample_every=100
     )
+    return recovery(planted, variant, name=name, seeds=[seed], k=k, train=train)
+
+
+def wanted(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """Planting, variant and seed of every dictionary that was asked for."""
+    return [
+        (name, variant, seed)
+        for name in arguments.only or PLANTINGS
+        for variant in PLANTINGS[name][2]
+        for seed in arguments.seeds
+        if variant in (arguments.variant or VARIANTS)
+    ]
 
 
 def main() -> None:
@@ -63,20 +67,32 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(PLANTINGS), help="this planting; may be repeated")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="this variant; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one dictionary for each")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=1200, help="optimiser steps")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that the script runs")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice when left out")
     parser.add_argument("--json", type=Path, help="write every dictionary's score to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
     console, results = Console(), []
+    if arguments.json and arguments.json.exists():
+        results.append(RecoveryResult.from_json(arguments.json))
+    done = {
+        key
+        for result in results
+        for key in result.table[["planted", "variant", "seed"]].itertuples(index=False, name=None)
+    }
     with torch_threads(arguments.threads):
         where = machine()
-        for name in arguments.only or PLANTINGS:
-            results.append(run(name, arguments, console))
-            result = RecoveryResult.joined(results)
-            save(result, where, arguments)  # after every planting: a run takes long, and may be stopped
-    rows: list[Row] = [{**row, "n_seeds": int(row["n_seeds"])} for row in result.summary()]
+        for case in wanted(arguments):
+            if case in done:
+                continue
+            results.append(run(*case, arguments))
+            console.print(*case, f"{results[-1].table['recovered'].max():.3f}", style="dim")
+            save(RecoveryResult.joined(results), where, arguments)  # a run takes long, and may be stopped
+    if not results:
+        parser.error("no planting has any of these variants")
+    result = RecoveryResult.joined(results)
+    rows: list[Row] = [dict(row) for row in result.summary()]
     console.print(table(f"Planted atoms found at cosine > {result.threshold}", rows))
     print_machine(console, where)
 

@@ -31,6 +31,12 @@ def test_it_runs_every_planting_and_saves(script, tmp_path, monkeypatch, capsys)
     assert len(written["records"]) == 3 * len(script.PLANTINGS)  # bilinear; flat as learned and by svd
     assert page.read_text().count("\n") == 2 + len(written["summary"])
     assert "torch" in capsys.readouterr().out
+    # A second run adds what is missing and trains nothing again.
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--variant", "rank1"])
+    script.main()
+    again = json.loads(json_path.read_text())
+    assert again["records"][: len(written["records"])] == written["records"]
+    assert {row["variant"] for row in again["records"][len(written["records"]) :]} == {"rank1"}
 
 
 def test_the_first_planting_is_what_was_promised_for_all_variants(script):

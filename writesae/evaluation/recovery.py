@@ -36,6 +36,7 @@ FRESH_SAMPLES = 4096
 """Samples on which FVU, L0 and dead atoms are measured; none was trained on."""
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
+    "bilinear_jumprelu": {"preset": "bilinear_jumprelu", "sparsity": 0.01, "bandwidth": 0.05, "init_threshold": 0.05},
     "bilinear_batch_topk": {"preset": "bilinear", "activation": "batch_topk"},
     "bilinear_hard_gated": {"preset": "bilinear", "activation": "gated"},
     "bilinear_matryoshka": {"preset": "bilinear", "matryoshka": "halves"},

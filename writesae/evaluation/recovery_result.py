@@ -71,12 +71,30 @@ class RecoveryResult:
         write_text(path, json.dumps(content, indent=1))
         return path
 
+    @classmethod
+    def from_json(cls, path: str | Path) -> "RecoveryResult":
+        """Read what `to_json` wrote; other keys of the file are left alone."""
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(pd.DataFrame(content["records"]), content["threshold"], content["config"])
+
     @staticmethod
     def joined(results: Sequence["RecoveryResult"]) -> "RecoveryResult":
-        """Several results in one table. Raises `ValueError` for none, and for different thresholds."""
+        """Several results in one table.
+
+        Raises `ValueError` for none, for different thresholds, and where one name stands for two plantings.
+        """
         thresholds = sorted({result.threshold for result in results})
         if len(thresholds) != 1:
             raise ValueError(f"results must have one threshold in common, got {thresholds}")
-        config = {name: about for result in results for name, about in result.config.items()}
+        config: dict[str, Any] = {}
+        for result in results:
+            for name, about in result.config.items():
+                before = config.setdefault(name, {"variants": {}, "train": {}})
+                if before.setdefault("planted", about["planted"]) != about["planted"]:
+                    raise ValueError(f"the results called {name!r} were planted differently")
+                config[name] = {
+                    **about,
+                    **{part: {**before[part], **about[part]} for part in ("variants", "train")},
+                }
         table = pd.concat([result.table for result in results], ignore_index=True)
         return RecoveryResult(table, thresholds[0], config)

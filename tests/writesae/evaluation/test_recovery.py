@@ -13,7 +13,7 @@ from writesae.evaluation.recovery import AS_LEARNED, SVD, VARIANTS, cosines_with
 from writesae.evaluation.recovery_result import RecoveryResult
 
 EASY = Planted(n_atoms=16, d_k=10, d_v=8, k=2)
-SHORT = TrainConfig(steps=250, batch_size=64, dead_after=25, resample_every=50, calibration_writes=256)
+SHORT = TrainConfig(steps=400, batch_size=64, dead_after=25, resample_every=50, calibration_writes=256)
 
 
 # --- matching --------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_planted_atoms_are_found_again(result):
         *(("flat", reading, seed) for seed in (0, 1) for reading in (AS_LEARNED, SVD)),
     ]
     assert (table.loc["bilinear"]["recovered"] >= 0.8).all()
-    assert (table.loc["bilinear"]["fvu"] < 0.2).all() and (table["l0"] <= 2).all() and (table["steps"] == 250).all()
+    assert (table.loc["bilinear"]["fvu"] < 0.2).all() and (table["l0"] <= 2).all() and (table["steps"] == 400).all()
     assert (table["recovered"] <= table["recovered_best"]).all()
 
 
@@ -136,20 +136,36 @@ def test_json_and_markdown_hold_the_result(result, tmp_path):
     content = json.loads(path.read_text())
     assert content["threshold"] == 0.95 and len(content["records"]) == len(result.table)
     assert content["config"]["easy"]["planted"] == EASY.to_dict()
-    assert content["config"]["easy"]["train"]["flat"]["steps"] == 250
+    assert content["config"]["easy"]["train"]["flat"]["steps"] == 400
     assert [row["variant"] for row in content["summary"]] == ["bilinear", "flat", "flat"]
     lines = result.to_markdown().splitlines()
     assert len(lines) == 2 + 3 and lines[-1].startswith("| easy | flat | svd | ")
 
 
-def test_results_join_only_under_one_threshold(result):
-    other = RecoveryResult(result.table.assign(planted="other"), 0.95, {"other": {}})
-    both = RecoveryResult.joined([result, other])
-    assert len(both.summary()) == 6 and set(both.config) == {"easy", "other"}
+def test_json_reads_back(result, tmp_path):
+    again = RecoveryResult.from_json(result.to_json(tmp_path / "recovery.json"))
+    for row, before in zip(again.summary(), result.summary(), strict=True):
+        assert row == pytest.approx(before)
+    assert again.threshold == result.threshold
+    assert again.config["easy"]["variants"] == result.config["easy"]["variants"]
+
+
+def test_results_join_where_they_fit(result):
+    about = result.config["easy"]
+    other = RecoveryResult(result.table.assign(planted="other"), 0.95, {"other": about})
+    more = RecoveryResult(
+        result.table.assign(variant="more"), 0.95, {"easy": {**about, "variants": {"more": {}}, "train": {"more": {}}}}
+    )
+    both = RecoveryResult.joined([result, other, more])
+    assert len(both.summary()) == 3 + 3 + 2 and set(both.config) == {"easy", "other"}
+    assert set(both.config["easy"]["variants"]) == set(both.config["easy"]["train"]) == {"bilinear", "flat", "more"}
     with pytest.raises(ValueError, match="one threshold"):
         RecoveryResult.joined([result, RecoveryResult(result.table, 0.9)])
     with pytest.raises(ValueError, match="one threshold"):
         RecoveryResult.joined([])
+    different = {"easy": {**about, "planted": Planted(k=1).to_dict()}}
+    with pytest.raises(ValueError, match="called 'easy' were planted differently"):
+        RecoveryResult.joined([result, RecoveryResult(result.table, 0.95, different)])
 
 
 def test_what_cannot_be_run_is_refused():
