@@ -12,9 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
 from support.machine import machine
-from support.report import Row, print_machine, table, torch_threads, write_json
+from support.report import Row, print_machine, table, torch_threads, wide_console, write_json
 
 from writesae import TrainConfig
 from writesae.evaluation.planted import Planted
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every dictionary's score to this file")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
-    console, results = Console(), []
+    console, results = wide_console(), []
     if arguments.json and arguments.json.exists():
         results.append(RecoveryResult.from_json(arguments.json))
     done = {

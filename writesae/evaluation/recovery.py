@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
     "bilinear_jumprelu": {"preset": "bilinear_jumprelu", "sparsity": 0.01, "bandwidth": 0.05, "init_threshold": 0.05},
     "bilinear_batch_topk": {"preset": "bilinear", "activation": "batch_topk"},
-    "bilinear_hard_gated": {"preset": "bilinear", "activation": "gated"},
+    "bilinear_hard_gated": {"preset": "bilinear", "activation": "gated", "sparsity": 0.03},
     "bilinear_matryoshka": {"preset": "bilinear", "matryoshka": "halves"},
 }
 """By name, a preset and the fields of WriteSAEConfig that differ; matryoshka "halves" are a quarter and a half of the atoms."""
