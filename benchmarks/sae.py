@@ -138,7 +138,7 @@ def states(options: Options) -> Section:
         row |= {**ratios(seconds), "peak of ours, MB": peak, "all states, MB": 4 * length * width**2}
         rows.append({**row, "largest error": error})
     batch = shape_of(options.quick)["batch"]
-    title = f"Milliseconds per state of a training step on states, d_k = d_v = {STATE_WIDTH}"
+    title = f"Milliseconds per state of a training step on states, d_k = d_v = {width}"
     return Section(title, rows, f"Ours takes all T states of a passage at once, the dense side {batch} of them.")
 
 
