@@ -1,6 +1,7 @@
 # Every target makes and uses the project's own virtual environment; nothing needs to be installed by hand.
 #   make demo [MODEL=name]   the whole experiment on the bundled model, report in demo_out/
 #   make test                the test suite;  make test-all  also its slow tests
+#   make test-sae-lens       the part of it that needs SAELens, which lives in an environment of its own
 #   make lint                ruff and mypy
 #   make benchmarks          timings, with an allocator setting that keeps page faults out of them
 #   make kernels             compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory
@@ -9,6 +10,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# SAELens supports transformer-lens 3 only, and this environment is also where that version is tested.
+LENS := .venv-sae-lens
+LENS_INSTALLED := $(LENS)/.installed
 # Two workers of one thread each: torch's own threads would only fight over the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
@@ -18,7 +22,7 @@ ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=1717986918
 # The scripts that time something on a CPU; the others of benchmarks/ compile, compute, or need a GPU.
 TIMED := $(wildcard $(patsubst %,benchmarks/%.py,interventions scan forward))
 
-.PHONY: demo test test-all lint benchmarks kernels clean
+.PHONY: demo test test-sae-lens test-all lint benchmarks kernels clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,14 +30,23 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet -e '.[tests]'
 	touch $@
 
+$(LENS_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(LENS)
+	$(LENS)/bin/pip install --quiet '$(TORCH)'
+	$(LENS)/bin/pip install --quiet -e '.[tests,sae-lens]'
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/writesae demo $(if $(MODEL),--model $(MODEL))
 
-test: $(INSTALLED)
+test: $(INSTALLED) test-sae-lens
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
-test-all: $(INSTALLED)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m ''
+test-sae-lens: $(LENS_INSTALLED)
+	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) -m 'not slow' tests/writesae/interop tests/hooked_recurrent/compat
+
+test-all: $(INSTALLED) test-sae-lens
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m 'not sae_lens'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -49,5 +62,5 @@ kernels: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out
+	rm -rf .venv $(LENS) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

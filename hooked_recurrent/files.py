@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,21 +16,34 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write several files of one folder, which is made where it is missing.
+
+    Every file is first written and synced in a hidden folder beside them (`writers` gives, by file name, a function that
+    writes to the path it is handed); only when all of them are on the disk are they renamed into place. So a full disk or
+    a killed process leaves the earlier files as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{next(iter(writers), '')}.") as scratch:
+        for name, write in writers.items():
+            write(Path(scratch) / name)
+            sync(Path(scratch) / name)
+        for name in writers:
+            os.replace(Path(scratch) / name, folder / name)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece: a temporary file beside it, then a rename. Its folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    """Write one text file in one piece. Its folder is made where it is missing."""
+    write_together(path.parent, {path.name: lambda part: part.write_text(text, encoding="utf-8")})
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
     """Write one safetensors file in one piece; the tensors are copied, so that they may share memory or have gaps."""
-    whole = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        part = Path(scratch) / path.name
-        save_file(whole, part, metadata=metadata)
-        sync(part)
-        os.replace(part, path)
+    write_together(path.parent, {path.name: tensor_writer(tensors, metadata)})
     return path
+
+
+def tensor_writer(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Callable[[Path], None]:
+    """A writer, for `write_together`, of copies of the tensors: they may share memory, have gaps, or change before it runs."""
+    whole = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return lambda path: save_file(whole, path, metadata=metadata)

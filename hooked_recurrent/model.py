@@ -127,6 +127,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
         backend: str | None = None,
         stop_at_layer: int | None = None,
         last_only: bool = False,
+        prepend_bos: bool | None = None,
     ) -> Any:
         """Run the model.
 
@@ -144,6 +145,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
                 number of layers runs all blocks. It goes with return_type "logits" (the default, which then gives the
                 residual stream) or None, and makes no state.
             last_only: unembed the last position alone: logits [batch, 1, d_vocab]. Every hook still sees every position.
+            prepend_bos: of text, as in `to_tokens`; tokens stay as they are.
 
         Raises:
             ValueError, IndexError: for tokens, states or edits that do not fit the model, and for NaN or Inf (naming the
@@ -153,7 +155,7 @@ class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsM
             raise ValueError(f"unknown return_type {return_type!r}; expected one of {RETURN_TYPES}")
         if last_only and return_type in ("loss", "both"):
             raise ValueError(f"last_only keeps no logits to make a loss of, but return_type is {return_type!r}")
-        tokens, edits = self._tokens(input), check_edits(edits)
+        tokens, edits = self._tokens(input, prepend_bos), check_edits(edits)
         last = None
         if stop_at_layer is not None:
             last = check_stop(stop_at_layer, self.cfg.n_layers, edits, return_type, return_state)

@@ -21,10 +21,20 @@ class TextMixin:
             raise ValueError(f"this model has no tokenizer: {self.without_tokenizer}")
         return self.tokenizer
 
-    def to_tokens(self, text: str | list[str], prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+    def to_tokens(
+        self,
+        text: str | list[str],
+        prepend_bos: bool | None = None,
+        *,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> Int[Tensor, "batch pos"]:
         """Token ids; a batch of texts must come out equally long, since a recurrent state cannot skip padding.
 
         prepend_bos: by default the tokenizer's BOS token is put in front if it has one.
+        move_to_device: whether they go to the model's device; otherwise they stay on the CPU.
+        truncate: as in transformer_lens, which cuts a text to the model's longest; a recurrent model has none, so nothing is
+            cut either way.
         """
         tokenizer = self._need_tokenizer()
         texts = [text] if isinstance(text, str) else list(text)
@@ -41,7 +51,7 @@ class TextMixin:
                 f"texts of one batch must have equally many tokens, got {lengths}: a recurrent state would read padding as "
                 "text, so run such texts one by one, or cut them to one length"
             )
-        return torch.tensor(rows, dtype=torch.long, device=self.device)
+        return torch.tensor(rows, dtype=torch.long, device=self.device if move_to_device else "cpu")
 
     def to_string(self, tokens: Int[Tensor, "*shape"] | list[int] | int) -> str | list[str]:
         """The text of one sequence, or a list of texts for a batch."""

@@ -4,6 +4,7 @@ writesae demo        the whole experiment on a bundled model, with a report
 writesae train       learn a dictionary of the writes of one head
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae models      the models that ship with the package
+writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
 import json
@@ -194,6 +195,53 @@ def models(as_json: Json = False) -> None:
         _print_json(described)
         return
     console.print(models_table(described))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The .pt file.")],
+    out: Annotated[Path, typer.Option(help="Folder to save the dictionary in.")],
+    sae_type: Annotated[
+        str | None,
+        typer.Option("--type", help="Type string, where the file's config does not say it, such as 'bilinear'."),
+    ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(help="First axis of their states: 'key_first' (Gated DeltaNet), 'value_first' (Mamba-2, RWKV-7)."),
+    ] = "key_first",
+    model: Annotated[str | None, typer.Option(help="Name of the model, for the record.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Hook of its states; by default that of the config's layer.")] = None,
+    head: Annotated[int | None, typer.Option(help="Head; by default the config's.")] = None,
+    k: Annotated[int | None, typer.Option(help="Atoms that may be active at once; by default the config's.")] = None,
+    d_k: Annotated[
+        int | None, typer.Option("--d-k", help="Width of the key side, where the file does not tell it.")
+    ] = None,
+    d_v: Annotated[int | None, typer.Option("--d-v", help="Width of the value side, likewise.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a file that the paper's code saved into a dictionary with the same codes and reconstructions.
+
+    Tensors are read and nothing in the file is run; a pickled module is refused.
+
+    Example: writesae convert L9_H4/best.pt --model Qwen/Qwen3.5-0.8B --out runs/l9h4
+    """
+    with _plain_errors():
+        from writesae.interop.published import convert as convert_file
+        from writesae.sae.write_sae import WriteSAE
+
+        sizes = {"d_k": d_k, "d_v": d_v}
+        saved = convert_file(
+            source, out, sae_type=sae_type, layout=layout, model=model, hook=hook, head=head, k=k, **sizes
+        )
+        dictionary = WriteSAE.load(saved)
+    if as_json:
+        told = {"config": dictionary.config.to_dict(), "provenance": dictionary.provenance}
+        _print_json({"saved": str(saved), **told})
+        return
+    found, shape = dictionary.provenance["published"]["type"], dictionary.config
+    console.print(
+        f"A {found} dictionary of {shape.n_atoms} atoms of {shape.d_k} x {shape.d_v}, saved in [bold]{saved}[/bold]"
+    )
 
 
 def _load(name: str):

@@ -111,23 +111,35 @@ class FolderCheckpoint:
             raise ValueError(f"{file} holds no tensor {name!r}, though its index says so ({error})") from None
 
 
+def read_torch(file: Path) -> Any:
+    """What torch.save wrote to a file, where that is tensors, plain values and containers of them.
+
+    Such a file is a pickle, which may name any function to call; `weights_only` reads tensors and calls nothing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or asks for more than tensors; nothing in it was run.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no weights file at {file}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a hostile or damaged file may make the reader raise anything
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {named[1]}, which is no tensor" if named else "it is damaged or holds more than tensors"
+        raise ValueError(f"{file} was refused, and nothing in it was run: {why}") from None
+
+
 class TorchCheckpoint:
     """A file that torch.save wrote (`pytorch_model.bin`, `.pth`): tensors by name, and nothing else.
 
-    Such a file is a pickle, which may name any function to call; `weights_only` reads tensors and calls nothing. Tensors
-    are mapped from the file and copied when taken, so the peak of memory stays about one copy of the model.
+    Nothing in it is run (`read_torch`). Tensors are mapped from the file and copied when taken, so the peak of memory stays
+    about one copy of the model.
     """
 
     def __init__(self, file: Path):
         self.origin = str(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"no weights file at {file}")
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except Exception as error:  # a hostile or damaged file may make the reader raise anything
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            why = f"it asks for {named[1]}, which is no tensor" if named else "it is damaged or holds more than tensors"
-            raise ValueError(f"{file} was refused, and nothing in it was run: {why}") from None
+        tensors = read_torch(file)
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError(f"{file} holds no tensors by name, as a saved state dict does")
         self.tensors: dict[str, Tensor] = tensors

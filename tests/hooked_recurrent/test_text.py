@@ -47,6 +47,12 @@ def test_to_tokens_and_back(model):
 def test_beginning_of_text(model, model_with_bos):
     assert model_with_bos.to_tokens("ab").tolist() == [[28, 0, 1]]
     assert model_with_bos.to_tokens("ab", prepend_bos=False).tolist() == [[0, 1]]
+    assert model_with_bos.to_tokens("ab", move_to_device=False, truncate=False).tolist() == [[28, 0, 1]]
+    for prepend_bos in (True, False):
+        expected = model_with_bos(model_with_bos.to_tokens("ab", prepend_bos))
+        assert torch.equal(model_with_bos("ab", prepend_bos=prepend_bos), expected)
+        tokens = model_with_bos.to_tokens("ab", prepend_bos=False)  # tokens stay as they are
+        assert model_with_bos(tokens, prepend_bos=prepend_bos).shape[1] == 2
     assert model_with_bos.to_str_tokens("ab") == ["<bos>", "a", "b"]
     with pytest.raises(ValueError, match="prepend_bos=True, but this tokenizer has no BOS token"):
         model.to_tokens("ab", prepend_bos=True)

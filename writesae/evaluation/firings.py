@@ -9,7 +9,7 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel
 from writesae.sae.codes import Codes
 from writesae.sae.write_sae import WriteSAE
-from writesae.stream.activations import collect_writes
+from writesae.stream.sources import Source, collect
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def encode_cell(
 ) -> CellWrites:
     """Run the passages and encode every write of the cell."""
     check_cell(model, sae, layer, head)
-    hook = f"blocks.{layer}.mixer.hook_write"
-    keys, values = zip(*(collect_writes(model, rows, hook, head) for rows in tokens.split(batch)), strict=True)
-    key, value = torch.cat(keys), torch.cat(values)
+    source = Source(f"blocks.{layer}.mixer.hook_write", head)
+    records = [collect(model, rows, [source])[source] for rows in tokens.split(batch)]
+    key, value = (torch.cat([record[side] for record in records]) for side in ("key", "value"))
     return CellWrites(key, value, sae.encode(key, value))
 
 

@@ -332,3 +332,18 @@ class WriteSAE(nn.Module):
             hint = " (transposed?)" if tuple(x.shape[-2:]) == expected[::-1] else ""
             raise ValueError(f"matrices must end in (d_k, d_v) = {expected}, got shape {tuple(x.shape)}{hint}")
         return Matrices(x.reshape(x.shape[:-2].numel(), *expected).to(self.dtype))
+
+    # --- the hub (writesae/interop/hub.py) ------------------------------------------------------------------------
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **more: Any) -> str:
+        """Upload the dictionary with a generated card to "owner/name"; `writesae.interop.hub.push` has the details."""
+        from writesae.interop.hub import push
+
+        return push(self, repo_id, private=private, revision=revision, **more)
+
+    @classmethod
+    def from_pretrained(cls, repo_id_or_folder: str | Path, **where: Any) -> "WriteSAE":
+        """A dictionary of the hub or of a folder: `subfolder`, `revision`, `token` as in `writesae.interop.hub.fetch`."""
+        from writesae.interop.hub import fetch
+
+        return cls.load(fetch(repo_id_or_folder, **where))

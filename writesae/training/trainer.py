@@ -18,8 +18,9 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.sae import Factored, LossOutput, Samples, WriteSAE
-from writesae.stream.activations import WriteStream
+from writesae.stream.activations import ActivationStream
 from writesae.stream.corpus import Passages
+from writesae.stream.sources import Source
 from writesae.training.metrics import measure
 from writesae.training.revival import auxiliary_loss, count_step, dead_atoms, resample
 
@@ -182,42 +183,41 @@ def train(
         came, expected = (sae_config.d_k, sae_config.d_v), (model.cfg.d_k, model.cfg.d_v)
         raise ValueError(f"sae_config has (d_k, d_v) = {came}, but the writes of this model have {expected}")
     stream = stream_of(model, tokens, hook, head, config)
-    if stream.cached:
-        stream.all_writes((lambda done, total: progress("writes", done, total)) if progress else None)
+    source = Source(hook, head)
+    stream.prepare((lambda done, total: progress("writes", done, total)) if progress else None)
     sae = WriteSAE(sae_config).to(model.device)
-    sample = stream.sample(config.calibration_writes)
-    sae.calibrate_(*sample)
+    sample = stream.sample(config.calibration_writes)[source]
+    sae.calibrate_(sample)
     report = (lambda done, line: progress("steps", done, config.steps)) if progress else None
-    log = fit(sae, stream, config, report)
-    metrics = {"train": measure(sae, *sample).to_dict()}
+    log = fit(sae, (batch[source] for batch in stream), config, report)
+    metrics = {"train": measure(sae, sample).to_dict()}
     if heldout is not None:
-        unseen = stream_of(model, heldout, hook, head, config).sample(HELDOUT_WRITES)
-        metrics["heldout"] = measure(sae, *unseen).to_dict()
+        unseen = stream_of(model, heldout, hook, head, config).sample(HELDOUT_WRITES)[source]
+        metrics["heldout"] = measure(sae, unseen).to_dict()
     sae.provenance.update(provenance(model, stream, tokens, heldout, config, metrics))
     return TrainResult(sae, log, metrics)
 
 
 def stream_of(
     model: HookedRecurrentModel, tokens: Tensor | Passages, hook: str, head: int, config: TrainConfig
-) -> WriteStream:
+) -> ActivationStream:
     """The stream that a training run reads these tokens through."""
-    return WriteStream(
+    return ActivationStream(
         model,
         tokens.tokens if isinstance(tokens, Passages) else tokens,
-        hook,
-        head,
+        [Source(hook, head)],
         batch_size=config.batch_size,
         passages_per_forward=config.passages_per_forward,
         skip_positions=config.skip_positions,
         cache_bytes=config.cache_bytes,
-        buffer_writes=config.buffer_writes,
+        buffer_samples=config.buffer_writes,
         seed=config.seed,
     )
 
 
 def provenance(
     model: HookedRecurrentModel,
-    stream: WriteStream,
+    stream: ActivationStream,
     tokens: Tensor | Passages,
     heldout: Tensor | Passages | None,
     config: TrainConfig,
@@ -232,10 +232,10 @@ def provenance(
 
     return {
         "model": model.cfg.model_name,
-        "rule": model.cfg.layer_types[stream.layer],
-        "hook": stream.hook,
-        "layer": stream.layer,
-        "head": stream.head,
+        "rule": model.cfg.layer_types[stream.about[stream.sources[0]].layer or 0],
+        "hook": stream.sources[0].hook,
+        "layer": stream.about[stream.sources[0]].layer,
+        "head": stream.sources[0].head,
         "layout": "key_first",
         "write": "additive",
         "train_text": record(tokens),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.hooked_recurrent.models import RULES, tiny_model, tokens_of
 from tests.writesae.sae.states_for_tests import (
@@ -246,10 +247,16 @@ def test_only_the_wanted_positions_are_formed(vector_decay, terms):
 
 
 def test_forming_stops_with_the_last_wanted_position():
-    record = record_of(1, 9, terms=1, vector_decay=True)
-    record["value"][:, 4:] = torch.nan
-    at = torch.tensor([[3, 0]])
-    assert formed_states(record["log_decay"], record["key"], record["value"], positions=at).isfinite().all()
+    record, steps = record_of(1, 9, terms=1, vector_decay=True), []
+
+    class Steps(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            steps.extend([func] if func is torch.ops.aten.baddbmm_.default else [])
+            return func(*args, **(kwargs or {}))
+
+    with Steps():
+        formed_states(record["log_decay"], record["key"], record["value"], positions=torch.tensor([[3, 0]]))
+    assert len(steps) == 4
 
 
 def test_what_does_not_fit_is_refused():

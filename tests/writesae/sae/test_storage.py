@@ -46,7 +46,7 @@ def test_everything_survives_a_round_trip(tmp_path, fields, dtype):
 def test_the_folder_holds_two_plain_files(folder):
     assert sorted(os.listdir(folder)) == ["config.json", "sae.safetensors"]
     header = json.loads((folder / "config.json").read_text())
-    assert header["format_version"] == 1 and header["provenance"]["layout"] == "key_first"
+    assert header["format_version"] == 2 and header["provenance"]["layout"] == "key_first"
     assert header["config"]["d_k"] == 5 and header["provenance"]["metrics"] == {"fvu": 0.25}
 
 
@@ -56,17 +56,75 @@ def test_saving_again_replaces_both_files(folder):
     assert sorted(os.listdir(folder)) == ["config.json", "sae.safetensors"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_write_text", "os.fsync"])
+@pytest.mark.parametrize("failing", ["save_file", "Path.write_text", "os.fsync"])
 def test_a_save_that_fails_leaves_the_earlier_one(folder, monkeypatch, failing):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"writesae.sae.storage.{failing}", full)
+        patch.setattr(f"hooked_recurrent.files.{failing}", full)
         with pytest.raises(OSError, match="No space"):
             sae_of(seed=5).save(folder)
     assert WriteSAE.load(folder).config.seed == 0
     assert sorted(os.listdir(folder)) == ["config.json", "sae.safetensors"]
+
+
+def test_the_provenance_answers_every_question_if_only_with_null(folder):
+    written = json.loads((folder / "config.json").read_text())["provenance"]
+    questions = {"model", "revision", "hook", "head", "layout", "form", "split", "training"}
+    assert set(storage.ORIGIN) == questions <= set(written)
+    assert written["head"] == 2 and written["revision"] is None and written["split"] is None
+    assert "revision" not in WriteSAE.load(folder).provenance  # not known is not there, as before the save
+
+
+def as_version_1(folder):
+    """Rewrite a header as the first version wrote it."""
+    path = folder / storage.HEADER
+    header = json.loads(path.read_text())
+    known = ("d_k", "d_v", "n_atoms", "k", "rank", "center", "encoder", "decoder", "activation", "seed")
+    header["config"] = {name: header["config"][name] for name in known}
+    header["provenance"] = {"model": "tiny", "layer": 1, "head": 2, "layout": "key_first"}
+    path.write_text(json.dumps({**header, "format_version": 1}))
+    return path
+
+
+@pytest.mark.parametrize("without", [(), ("encoder", "decoder", "activation")])
+def test_version_1_is_read(folder, without):
+    expected = WriteSAE.load(folder)
+    path = as_version_1(folder)
+    header = json.loads(path.read_text())
+    for name in without:
+        del header["config"][name]
+    path.write_text(json.dumps(header))
+    config = storage.read_folder(folder)[1]["config"]  # said, not left to today's defaults
+    assert (config["encoder"], config["decoder"], config["activation"]) == ("bilinear", "outer_product", "topk")
+    loaded = WriteSAE.load(folder)
+    assert loaded.config == expected.config
+    assert loaded.provenance == {"model": "tiny", "layer": 1, "head": 2, "layout": "key_first"}
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    loaded.save(folder)
+    assert json.loads(path.read_text())["format_version"] == 2
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "mamba2"}', "[1]", "half a {"])
+def test_the_config_of_another_program_is_not_overwritten(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="not saved over another program's config.json"):
+        sae_of().save(tmp_path)
+    assert (tmp_path / "config.json").read_text() == content and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(folder):
+    broken = sae_of(seed=5)
+    broken.encoder.bias.data[2] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity in encoder.bias"):
+        broken.save(folder)
+    broken = sae_of(seed=5)
+    broken.provenance["layout"] = "value_first"
+    with pytest.raises(ValueError, match="'key_first', got 'value_first'"):
+        broken.save(folder)
+    assert WriteSAE.load(folder).config.seed == 0
 
 
 def test_halves_of_different_saves_are_noticed(folder, tmp_path):
@@ -121,11 +179,13 @@ def test_wrong_tensors_are_named(folder, tensors, word):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"format_version": 99}, "format_version 99; this version reads 1"),
+        ({"format_version": 99}, "format_version 99; this version reads 1 and 2"),
         ({"format_version": None}, "format_version None"),
         ({"config": {"d_k": 5, "d_v": 4, "n_atom": 9}}, "did you mean 'n_atoms'"),
         ({"config": {"d_k": 5}}, "d_v"),
         ({"provenance": None}, "no 'provenance'"),
+        ({"provenance": {}}, "says nothing of model, revision, hook, head, layout, form, split, training"),
+        ({"provenance": {**dict.fromkeys(storage.ORIGIN), "layout": "value_first"}}, "has layout 'value_first'"),
     ],
 )
 def test_a_wrong_header_is_named(folder, change, word):

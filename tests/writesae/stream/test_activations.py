@@ -1,122 +1,174 @@
-"""Writes streamed from a tiny random model: the right factors, every one of them, in a seeded random order."""
+"""Streams of samples: the right ones, any batch by its number, a bounded buffer, one pass for all, in several processes."""
 
 from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
 
-from tests.hooked_recurrent.models import HYBRID, over_stacks, tiny_model, tokens_of
-from writesae.stream.activations import WriteStream, check_head, collect_writes, layer_of_hook
+from tests.hooked_recurrent.models import HYBRID, tiny_model, tokens_of
+from writesae.parallel import World
+from writesae.sae.samples import Factored, Matrices
+from writesae.sae.states import StateSequences
+from writesae.stream.activations import ActivationStream, split_passages
+from writesae.stream.sources import Source, collect
 
-HOOK = "blocks.2.mixer.hook_write"
+WRITES = Source("blocks.2.mixer.hook_write", 1)
+STATES = Source("blocks.2.mixer.hook_state", 1)
+VECTORS = Source("blocks.1.hook_resid_post")
 
 
-def stream_of(tokens=None, hook=HOOK, head=1, **options):
-    model = tiny_model(HYBRID)
+def stream_of(sources=(WRITES,), layers=HYBRID, tokens=None, **options):
+    model = tiny_model(layers)
     tokens = tokens_of(model, batch=7, length=11) if tokens is None else tokens
     options = {"batch_size": 10, "passages_per_forward": 3, "dtype": torch.float64, **options}
-    return WriteStream(model, tokens, hook, head, **options)
+    return ActivationStream(model, tokens, sources, **options)
 
 
-def rows(key):
-    """Writes as hashable rows, to be counted; the last digits depend on what else was in the forward pass."""
-    return Counter(map(name_of, key))
+def names_of(samples):
+    """Samples as hashable rows, to be counted; the last digits depend on what else was in the forward pass."""
+    return [tuple(round(number, 7) for number in row) for row in samples.matrices().flatten(1).tolist()]
 
 
-def name_of(row):
-    return tuple(round(number, 8) for number in row.tolist())
+def homes(stream, source):
+    """Which passage every sample is of; passages that begin alike share samples."""
+    record = collect(stream.origin, stream.tokens, [source])[source]
+    matrices = [record["x"]] if "x" in record else [torch.einsum("ptk,ptv->ptkv", record["key"], record["value"])]
+    rows = matrices[0][:, stream.skip :].flatten(2)
+    return {tuple(round(n, 7) for n in row): p for p in range(len(rows)) for row in rows[p].tolist()}
 
 
-@over_stacks
-@pytest.mark.parametrize("head", [0, 3])
-def test_the_factors_are_those_of_the_matrix_hook(layer_types, head):
-    model = tiny_model(layer_types)
-    tokens = tokens_of(model)
-    hook = f"blocks.{model.cfg.n_layers - 1}.mixer.hook_write"
-    key, value = collect_writes(model, tokens, hook, head)
-    _, cache = model.run_with_cache(tokens, names_filter=[hook])
-    torch.testing.assert_close(
-        torch.einsum("bpk,bpv->bpkv", key, value), cache[hook][:, :, head], rtol=1e-12, atol=1e-12
-    )
-    assert not key.requires_grad
-
-
+@pytest.mark.parametrize("source", [WRITES, VECTORS])
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("skip", [0, 3])
-def test_an_epoch_holds_every_write_as_often_as_it_occurs(cache_bytes, skip):
-    stream = stream_of(cache_bytes=cache_bytes, skip_positions=skip, buffer_writes=35)
-    assert stream.cached == bool(cache_bytes)
-    key, value = collect_writes(stream.model, stream.tokens, HOOK, 1)
-    every = rows(torch.cat([key, value], dim=-1)[:, skip:].flatten(0, 1))
-    assert sum(every.values()) == stream.n_writes == 7 * (11 - skip)
-    batches = list(islice(stream, 60))
-    assert all(len(key) == len(value) == 10 for key, value in batches)
-    seen = rows(torch.cat([torch.cat(batch, dim=-1) for batch in batches]))
-    assert set(seen) == set(every)
-    if cache_bytes:  # whole batches of one epoch: nothing twice
-        epoch = rows(torch.cat([torch.cat(batch, dim=-1) for batch in batches[: stream.n_writes // 10]]))
-        assert all(count <= every[row] for row, count in epoch.items())
+def test_an_epoch_holds_every_sample_but_the_rest_of_a_block(source, cache_bytes, skip):
+    stream = stream_of([source], cache_bytes=cache_bytes, skip_positions=skip, buffer_samples=35)
+    assert stream.cached == bool(cache_bytes) and stream.order.n_blocks == (1 if cache_bytes else 3 if skip == 0 else 2)
+    every = homes(stream, source)
+    occurs = Counter(names_of(stream.sample(10_000)[source]))
+    epoch = sum(stream.order.batches_in(block) for block in range(stream.order.n_blocks))
+    batches = [names_of(stream.batch(number)[source]) for number in range(epoch)]
+    assert all(len(batch) == 10 for batch in batches)
+    seen = Counter(row for batch in batches for row in batch)
+    assert set(occurs) == set(every) and seen <= occurs and stream.n_samples(source) == occurs.total()
+    assert occurs.total() - seen.total() < 10 * stream.order.n_blocks
+    if cache_bytes:
+        assert all(len({every[row] for row in batch}) >= 3 for batch in batches)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_batches_mix_passages_and_follow_from_the_seed(cache_bytes):
-    options = {"cache_bytes": cache_bytes, "buffer_writes": 50}
-    first, again, other = (list(islice(stream_of(seed=seed, **options), 5)) for seed in (0, 0, 1))
-    for (key, value), (same_key, same_value) in zip(first, again, strict=True):
-        assert torch.equal(key, same_key) and torch.equal(value, same_value)
-    assert not torch.equal(first[0][0], other[0][0])
-    stream = stream_of(**options)
-    key, _ = collect_writes(stream.model, stream.tokens, HOOK, 1)
-    home = {name_of(row): passage for passage in range(7) for row in key[passage]}
-    assert all(len({home[name_of(row)] for row in batch}) >= 3 for batch, _ in first)
+def test_any_batch_is_found_by_its_number(cache_bytes):
+    one, other = (stream_of([WRITES, VECTORS], cache_bytes=cache_bytes, buffer_samples=30) for _ in range(2))
+    iterator = iter(one)
+    in_turn = [next(iterator) for _ in range(17)]
+    for number in (16, 0, 9, 3):
+        found = other.batch(number)
+        for source in (WRITES, VECTORS):
+            torch.testing.assert_close(found[source].matrices(), in_turn[number][source].matrices(), rtol=0, atol=1e-12)
+    different = stream_of([WRITES], cache_bytes=cache_bytes, buffer_samples=30, seed=1).batch(0)
+    assert names_of(different[WRITES]) != names_of(in_turn[0][WRITES])
+
+
+def test_sources_are_met_at_the_same_tokens():
+    key, value = (Source(f"blocks.2.mixer.hook_write_{side}", 1) for side in ("key", "value"))
+    batch = stream_of([WRITES, key, value]).batch(2)
+    outer = batch[key].matrices() @ batch[value].matrices().transpose(1, 2)
+    torch.testing.assert_close(batch[WRITES].matrices(), outer, rtol=1e-12, atol=1e-12)
+
+
+def count_passages(monkeypatch):
+    """Passages of every forward pass to come."""
+    seen = []
+
+    def counted(model, tokens, sources):
+        seen.append(len(tokens))
+        return collect(model, tokens, sources)
+
+    monkeypatch.setattr("writesae.stream.activations.collect", counted)
+    return seen
+
+
+def test_records_are_made_once_where_they_fit_and_a_block_at_a_time_elsewhere(monkeypatch):
+    seen, stream, told = count_passages(monkeypatch), stream_of([WRITES, VECTORS]), []
+    stream.prepare(lambda done, total: told.append((done, total)))
+    for number in range(20):
+        stream.batch(number)
+    assert seen == [3, 3, 1] and told == [(3, 7), (6, 7), (7, 7)]
+    seen.clear()
+    stream = stream_of([WRITES, VECTORS], cache_bytes=0, buffer_samples=20)
+    assert [stream.order.block_size(block) for block in range(stream.order.n_blocks)] == [1, 2, 2, 2]
+    stream.batch(0)
+    assert sum(seen) == 1  # the buffer holds two passages at most
+    stream.batch(1)
+    stream.batch(2)
+    assert sum(seen) == 3
+    stream.batch(100)  # a jump makes its own block and no other
+    assert sum(seen) <= 5
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
-def test_a_sample_is_made_of_the_streams_own_writes(cache_bytes):
+def test_a_sample_is_made_of_the_streams_own(cache_bytes):
     stream = stream_of(cache_bytes=cache_bytes)
-    key, value = stream.sample(25)
-    assert len(key) == len(value) == 25
-    assert rows(key) <= rows(collect_writes(stream.model, stream.tokens, HOOK, 1)[0].flatten(0, 1))
-    assert len(stream.sample(10_000)[0]) == stream.n_writes
+    sample = stream.sample(25)[WRITES]
+    assert len(sample) == 25 and set(names_of(sample)) <= set(homes(stream, WRITES))
+    assert names_of(sample) == names_of(stream.sample(25)[WRITES])
+    assert len(stream.sample(10_000)[WRITES]) == stream.n_samples()
 
 
-def test_all_writes_are_computed_once_and_progress_is_told():
-    stream, told = stream_of(), []
-    key, _ = stream.all_writes(lambda done, total: told.append((done, total)))
-    assert told == [(3, 7), (6, 7), (7, 7)]
-    assert stream.all_writes(lambda done, total: told.append("again"))[0] is key and told[-1] == (7, 7)
+def test_states_under_scalar_decay_come_by_whole_passages():
+    stream = stream_of([STATES, WRITES], batch_size=20)
+    batch = stream.batch(1)
+    assert isinstance(batch[STATES], StateSequences) and isinstance(batch[WRITES], Factored)
+    assert len(batch[STATES]) == len(batch[WRITES]) == 20  # two passages of ten positions each
+    _, cache = stream.origin.run_with_cache(stream.tokens, names_filter=[STATES.hook])
+    every = cache[STATES.hook][:, 1:, 1]
+    place = stream.order.place(1)
+    expected = every[stream.order.passage_rows(place)].flatten(0, 1)
+    torch.testing.assert_close(batch[STATES].matrices(), expected, rtol=1e-10, atol=1e-10)
+    sample = stream.sample(30)[STATES]
+    assert isinstance(sample, StateSequences) and len(sample) == 30
 
 
-def test_fewer_writes_than_a_batch_are_one_batch():
-    stream = stream_of(batch_size=10_000)
-    assert len(next(iter(stream))[0]) == stream.n_writes
+def test_states_under_vector_decay_are_formed_at_random_positions_and_it_says_so():
+    with pytest.warns(UserWarning, match="every state is formed|each of these states is formed|formed"):
+        stream = stream_of([STATES], layers=("rwkv7",) * 3, batch_size=20)
+        batch = stream.batch(0)[STATES]
+    assert isinstance(batch, Matrices) and 20 <= len(batch) <= 21
+    _, cache = stream.origin.run_with_cache(stream.tokens, names_filter=[STATES.hook])
+    states = cache[STATES.hook][:, 1:, 1].flatten(2)
+    homes = {tuple(round(n, 7) for n in row): p for p in range(7) for row in states[p].tolist()}
+    found = names_of(batch)
+    assert set(found) <= set(homes) and len(set(found)) == len(found) and len({homes[row] for row in found}) == 7
 
 
-def test_batches_are_float32_unless_asked_otherwise():
-    assert next(iter(stream_of(dtype=torch.float32)))[0].dtype == torch.float32
+class Part(World):
+    """One of two processes, played one after the other: the first leaves its share, the second finds it."""
+
+    left: list = []
+
+    def all_gather(self, tensor):
+        """The parts of both, where this is the second one."""
+        if self.rank == 0:
+            Part.left.append(tensor)
+            return tensor
+        return torch.cat([Part.left.pop(0), tensor])
 
 
-@pytest.mark.parametrize(
-    ("hook", "word"),
-    [
-        ("blocks.1.mixer.hook_write", r"layer 1 has no writes; the recurrent layers of this model are \[0, 2\]"),
-        ("blocks.7.mixer.hook_write", "layer 7 has no writes"),
-        ("blocks.2.mixer.hook_state", r"trained on blocks.\{layer\}.mixer.hook_write, not on"),
-        ("blocks.2.mixer.hook_write_key", "not on 'blocks.2.mixer.hook_write_key'"),
-        ("blocks.2.mixer.hook_writ", "did you mean 'blocks.2.mixer.hook_write'"),
-        ("", "this model has no hook ''"),
-    ],
-)
-def test_a_hook_that_will_not_do_is_a_clear_error(hook, word):
-    with pytest.raises(ValueError, match=word):
-        layer_of_hook(tiny_model(HYBRID), hook)
+def test_two_processes_share_the_forward_passes_and_hold_the_same_batches(monkeypatch):
+    seen = count_passages(monkeypatch)
+    Part.left.clear()
+    stream_of([WRITES, VECTORS], world=Part(0, 2)).prepare()
+    assert sum(seen) == 3
+    second, alone = stream_of([WRITES, VECTORS], world=Part(1, 2)), stream_of([WRITES, VECTORS])
+    for source in (WRITES, VECTORS):
+        ours, theirs = second.batch(3)[source].matrices(), alone.batch(3)[source].matrices()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert sum(seen) == 3 + 4 + 7
 
 
-@pytest.mark.parametrize("head", [-1, 4])
-def test_a_head_that_is_not_there_is_a_clear_error(head):
-    with pytest.raises(ValueError, match=f"head must be 0..3, got {head}"):
-        check_head(tiny_model(HYBRID), head)
+def test_batches_are_float32_unless_asked_otherwise_and_never_larger_than_what_there_is():
+    model = tiny_model(HYBRID)
+    stream = ActivationStream(model, tokens_of(model, batch=2, length=11), [WRITES])
+    assert stream.batch(0)[WRITES].dtype == torch.float32 and len(stream.batch(5)[WRITES]) == 20
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 1)])
@@ -125,18 +177,15 @@ def test_no_tokens_are_a_clear_error(shape):
         stream_of(tokens=torch.zeros(shape, dtype=torch.long))
 
 
-def test_nan_in_the_writes_names_hook_and_position():
-    model = tiny_model(HYBRID)
-    tokens = tokens_of(model)
+def test_no_sources_are_a_clear_error():
+    with pytest.raises(ValueError, match="at least one source"):
+        stream_of([])
 
-    def spoil(value, hook):
-        value[1, 4, 2] = torch.nan
-        return value
 
-    def silence(z, hook):
-        return torch.zeros_like(z)
-
-    # Nothing above reads what was spoiled, so the model itself, which looks at its logits, has nothing to object to.
-    hooks = [("blocks.2.mixer.hook_write_value", spoil), ("blocks.2.mixer.hook_z", silence)]
-    with model.hooks(hooks), pytest.raises(ValueError, match="hook_write_value, head 2, at position 4 of passage 1"):
-        collect_writes(model, tokens, HOOK, 2)
+def test_passages_are_split_whole():
+    tokens = torch.arange(40).view(20, 2)
+    train, rest = split_passages(tokens, 0.25, seed=3)
+    assert len(rest) == 5 and sorted([*train[:, 0].tolist(), *rest[:, 0].tolist()]) == tokens[:, 0].tolist()
+    assert not torch.equal(split_passages(tokens, 0.25, seed=4)[1], rest)
+    with pytest.raises(ValueError, match="without a passage"):
+        split_passages(tokens, 0.0)
