@@ -52,11 +52,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: $(INSTALLED)
+benchmarks: $(INSTALLED) $(LENS_INSTALLED)
 	set -e; for script in $(TIMED); do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done
-	# SAELens, which this one compares with, needs an environment of its own; without it that side is left out, and said so.
-	@echo "== benchmarks/sae.py"
-	PYTHONPATH=. $(ALLOCATOR) $(firstword $(wildcard .venv-sae-lens/bin/python) $(BIN)/python) benchmarks/sae.py
+	$(ALLOCATOR) $(LENS)/bin/python benchmarks/sae.py # compares with SAELens
 
 kernels: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py
