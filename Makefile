@@ -43,7 +43,8 @@ test: $(INSTALLED) test-sae-lens
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 test-sae-lens: $(LENS_INSTALLED)
-	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) -m 'not slow' tests/writesae/interop tests/hooked_recurrent/compat
+	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) -m sae_lens
+	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) tests/hooked_recurrent/compat
 
 test-all: $(INSTALLED) test-sae-lens
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m 'not sae_lens'

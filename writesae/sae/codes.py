@@ -31,7 +31,7 @@ class Codes:
     def dense(self, n_atoms: int) -> Float[Tensor, "*batch n_atoms"]:
         """The same code with a place for every atom: [.., n_atoms], zero where an atom is not active."""
         empty = torch.zeros(*self.values.shape[:-1], n_atoms, dtype=self.values.dtype, device=self.values.device)
-        return empty.scatter(-1, self.indices, self.values)
+        return empty.scatter_add(-1, self.indices, self.values)  # an entry that only fills its row must not overwrite
 
     def detach(self) -> "Codes":
         """The same code without its history of gradients."""

@@ -173,6 +173,7 @@ def test_saelens_reads_our_architecture_with_its_factors(activation, form, dtype
     assert json.loads((folder / "cfg.json").read_text())["architecture"] == "writesae"
     assert loaded.get_W_dec_norm().shape == (N,) and loaded.W_enc.shape == (12, N)
     close(loaded.get_W_dec_norm(), sae.decoder.norms())
+    assert loaded.dictionary.steps_since_active.dtype == torch.int64  # SAELens reads everything as floats
     back = saelens.from_saelens(loaded)
     assert back.config == sae.config and back.provenance == sae.provenance
     for name, tensor in sae.state_dict().items():
