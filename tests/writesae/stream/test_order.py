@@ -43,9 +43,15 @@ def test_a_block_fits_the_buffer_or_is_as_small_as_a_batch_allows(n, per, batch,
     assert min(order.block_size(block) for block in range(order.n_blocks)) * per >= min(batch, n * per)
 
 
-@given(sizes, sizes, st.integers(1, 60), st.integers(1, 400))
-def test_whole_passages_go_round_their_block(n, per, batch, buffer):
-    order, count = order_of(n, per, batch, buffer), max(1, batch // per)
+def test_evening_out_leaves_no_block_without_a_batch():
+    order = order_of(n=7, per=10, batch=20, buffer=20)  # four blocks of two passages would be one block of one
+    assert [order.block_size(block) for block in range(order.n_blocks)] == [2, 2, 3]
+    assert all(len(order.rows(Place(0, block, 0))) == 20 for block in range(order.n_blocks))
+
+
+@given(sizes, sizes, st.integers(1, 60), st.integers(1, 400), st.integers(1, 9))
+def test_whole_passages_go_round_their_block(n, per, batch, buffer, count):
+    order = order_of(n, per, batch, buffer)
     for block in range(order.n_blocks):
         size = order.block_size(block)
         batches = [order.passage_rows(Place(3, block, i), count).tolist() for i in range(order.batches_in(block))]
