@@ -179,9 +179,10 @@ class TrainConfig(StrictConfig):
     passages_per_forward: int = 8
     """Passages in one forward pass of the language model."""
     cache_bytes: int = 1 << 29
-    """All factors are kept in memory when they need at most this many bytes; otherwise they stream through a buffer."""
+    """All records are kept in memory when they need at most this many bytes; otherwise a block of passages at a time is. The
+    batches are the same either way."""
     buffer_writes: int = 65536
-    """Writes in the shuffle buffer of a streamed run."""
+    """Samples in a block of passages, within which they are put into a random order."""
 
     def __post_init__(self) -> None:
         owner = "TrainConfig"

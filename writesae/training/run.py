@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
@@ -161,7 +162,9 @@ class Run:
         problem = None if store is None else store.mismatch(self.model, tokens_of(text), sources)
         if problem:
             raise ValueError(f"the store cannot serve this run: {problem}")
-        return stream_of(self.model if store is None else store, text, sources, self.config, self.world)
+        if store is None:
+            return stream_of(self.model, text, sources, self.config, self.world)
+        return stream_of(store, text, sources, self.config, self.world, self.model.device)
 
     def _spliced(self, sae: WriteSAE, source: Source, heldout: Tensor | Passages) -> dict[str, float]:
         passages = tokens_of(heldout)[: self.config.splice_passages]
@@ -217,8 +220,9 @@ def stream_of(
     sources: Sequence[Source],
     config: TrainConfig,
     world: World | None = None,
+    device: torch.device | None = None,
 ) -> ActivationStream:
-    """The stream that a training run reads these tokens through."""
+    """The stream that a training run reads these tokens through; `device` is where a store's batches are needed."""
     return ActivationStream(
         origin,
         tokens_of(text),
@@ -230,6 +234,7 @@ def stream_of(
         buffer_samples=config.buffer_writes,
         seed=config.seed,
         world=world,
+        device=device,
     )
 
 

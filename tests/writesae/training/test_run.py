@@ -10,9 +10,10 @@ import torch
 
 from tests.hooked_recurrent.models import tiny_model, tokens_of
 from tests.writesae.training.runs import HOOKS, config, distance, in_child, jobs, one_thread, run, weights
-from writesae import ActivationStore, WriteSAE, WriteSAEConfig
+from writesae import ActivationStore, TrainConfig, WriteSAE, WriteSAEConfig
 from writesae.training import checkpoint
 from writesae.training.jobs import Job, Source
+from writesae.training.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,7 @@ def test_a_store_serves_as_the_model_does(tmp_path, uninterrupted):
     tokens = tokens_of(model, batch=12, length=20)
     store = ActivationStore.write(tmp_path / "store", model, tokens, sources, dtype="float32")
     assert distance(weights(run(jobs(), store=store)), uninterrupted) == 0.0
+    assert Run(model, jobs(), tokens, TrainConfig(steps=1), store=store).stream.device == model.device
     with pytest.raises(ValueError, match="the store cannot serve this run: other tokens"):
         run(jobs(), store=store, length=21)
 
