@@ -20,7 +20,7 @@ WORKERS ?= 2
 ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 # The scripts that time something on a CPU; the others of benchmarks/ compile, compute, or need a GPU.
-TIMED := $(wildcard $(patsubst %,benchmarks/%.py,sae_step interventions scan forward))
+TIMED := $(wildcard $(patsubst %,benchmarks/%.py,interventions scan forward))
 
 .PHONY: demo test test-sae-lens test-all lint benchmarks kernels clean
 
@@ -53,8 +53,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: $(INSTALLED)
+benchmarks: $(INSTALLED) $(LENS_INSTALLED)
 	set -e; for script in $(TIMED); do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done
+	$(ALLOCATOR) $(LENS)/bin/python benchmarks/sae.py # compares with SAELens
 
 kernels: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py

@@ -38,7 +38,7 @@ from support.compilation import TARGETS, Record, compile_variant, faults
 
 from hooked_recurrent.scan.kernels.variants import BACKENDS, DTYPES, RULES, Case, Variant, registered
 
-PACKAGES = ("hooked_recurrent.scan.kernels", "hooked_recurrent.layers")
+PACKAGES = ("hooked_recurrent.scan.kernels", "hooked_recurrent.layers", "writesae.sae.kernels")
 """Where kernels are: their modules register variants as they are imported."""
 WIDTHS = (64, 128, 80)
 _VARIANTS: list[Variant] = []

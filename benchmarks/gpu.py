@@ -35,9 +35,9 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from roofline import SHAPES
-from sae_step import machine
 from support.gpu_checks import Check, all_checks, error
 from support.gpu_routes import PROBLEMS, Draw, Problem, Route
+from support.machine import machine
 from support.traffic import Shape
 from torch import Tensor
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACKAGES = ("transformers", "rwkv", "rwkv7-hf", "fla-core", "transformer-lens")
+PACKAGES = ("transformers", "rwkv", "rwkv7-hf", "fla-core", "transformer-lens", "sae-lens")
 """Whose versions are told, besides torch's: what our numbers are compared with."""
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",

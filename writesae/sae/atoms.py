@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from writesae.config import WriteSAEConfig
-from writesae.sae.factored import inner_with_sum, squared_norm_of_sum
+from writesae.sae import kernels
+from writesae.sae.factored import inner_with_sum, squared_norm_of_sum, squared_norms_at
 from writesae.sae.samples import Samples
 
 
@@ -89,6 +90,8 @@ class OuterProductAtoms(nn.Module):
         self, indices: Int[Tensor, "batch k"], values: Float[Tensor, "batch k"]
     ) -> Float[Tensor, "batch d_k d_v"]:
         """The matrices sum_i a_i A_i, from the active atoms only."""
+        if kernels.use_triton(*self.rows):
+            return kernels.decode_at(values, *self.rows, indices, self.rank).type_as(values)
         key_rows, value_rows = self.factors_at(indices)
         return (key_rows * self.per_term(values)[..., None]).transpose(1, 2) @ value_rows
 
@@ -97,21 +100,28 @@ class OuterProductAtoms(nn.Module):
         return sum_ranks(self._inner_at_terms(samples, indices), self.rank)
 
     def _inner_at_terms(self, samples: Samples, indices: Tensor) -> Tensor:
-        return samples.inner_with(*self.factors_at(indices), self.rows, term_rows(indices, self.rank))
+        rows, at = self.rows, term_rows(indices, self.rank)
+        if kernels.use_triton(*rows):
+            return samples.inner_with_at(rows, at)
+        return samples.inner_with(*self.factors_at(indices), rows, at)
 
     def squared_errors(
         self, samples: Samples, indices: Int[Tensor, "batch k"], coefficients: Float[Tensor, "batch level k"]
     ) -> Float[Tensor, "batch level"]:
         """|X - sum_i c_i A_i|^2 of every sample and level of coefficients."""
-        return samples.squared_errors(
-            self.per_term(coefficients), *self.factors_at(indices), self.rows, term_rows(indices, self.rank)
-        )
+        coefficients, rows, at = self.per_term(coefficients), self.rows, term_rows(indices, self.rank)
+        if kernels.use_triton(*rows):
+            return samples.squared_errors_at(coefficients, rows, at)
+        return samples.squared_errors(coefficients, *self.factors_at(indices), rows, at)
 
     def squared_norms_of(
         self, indices: Int[Tensor, "batch k"], values: Float[Tensor, "batch k"]
     ) -> Float[Tensor, " batch"]:
         """|sum_i a_i A_i|^2."""
-        return squared_norm_of_sum(self.per_term(values)[:, None], *self.factors_at(indices)).squeeze(1)
+        coefficients = self.per_term(values)[:, None]
+        if kernels.use_triton(*self.rows):
+            return squared_norms_at(coefficients, self.rows, term_rows(indices, self.rank)).squeeze(1)
+        return squared_norm_of_sum(coefficients, *self.factors_at(indices)).squeeze(1)
 
     def inner_with_code(
         self,
@@ -120,6 +130,10 @@ class OuterProductAtoms(nn.Module):
         other_values: Float[Tensor, "batch other"],
     ) -> Float[Tensor, "batch k"]:
         """<A_i, X_hat> of the chosen atoms with the matrix X_hat of another code, which gets no gradient."""
+        if kernels.use_triton(*self.rows):
+            at, others_at = term_rows(indices, self.rank), term_rows(other_indices, self.rank)
+            products = kernels.inner_with_sum_at(*self.rows, at, others_at, self.per_term(other_values))
+            return sum_ranks(products.type_as(other_values), self.rank)
         others = (factor.detach() for factor in self.factors_at(other_indices))
         return sum_ranks(
             inner_with_sum(*self.factors_at(indices), self.per_term(other_values.detach()), *others), self.rank
@@ -218,12 +232,22 @@ class DenseAtoms(nn.Module):
         self, indices: Int[Tensor, "batch k"], values: Float[Tensor, "batch k"]
     ) -> Float[Tensor, "batch d_k d_v"]:
         """The matrices sum_i a_i A_i, from the active atoms only."""
-        flat = F.embedding_bag(indices, self.atoms.flatten(1), per_sample_weights=values, mode="sum")
+        atoms = self.atoms.flatten(1)
+        if kernels.use_triton(atoms, widest=None):
+            flat = kernels.decode_dense_at(values, atoms, indices)
+        else:
+            flat = F.embedding_bag(indices, atoms, per_sample_weights=values, mode="sum")
         return flat.view(len(indices), *self.atoms.shape[1:])
 
     def inner_at(self, samples: Samples, indices: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
         """<X, A_i> of the chosen atoms."""
-        x = samples.matrices()
+        return self._inner_with(samples.matrices(), indices)
+
+    def _inner_with(self, x: Float[Tensor, "batch d_k d_v"], indices: Int[Tensor, "batch k"]) -> Tensor:
+        atoms = self.atoms.flatten(1)
+        if kernels.use_triton(atoms, widest=None):  # products of two projections, one of them that of 1 on 1
+            ones = atoms.new_ones(max(len(atoms), len(x)), 1)
+            return kernels.bilinear_at(atoms, ones[: len(atoms)], x.flatten(1), ones[: len(x)], indices).type_as(x)
         return torch.stack([(self.atoms[slot] * x).sum((1, 2)) for slot in indices.unbind(1)], dim=1)
 
     def squared_errors(
@@ -247,8 +271,7 @@ class DenseAtoms(nn.Module):
         other_values: Float[Tensor, "batch other"],
     ) -> Float[Tensor, "batch k"]:
         """<A_i, X_hat> of the chosen atoms with the matrix X_hat of another code, which gets no gradient."""
-        x = self.decode(other_indices, other_values).detach()
-        return torch.stack([(self.atoms[slot] * x).sum((1, 2)) for slot in indices.unbind(1)], dim=1)
+        return self._inner_with(self.decode(other_indices, other_values).detach(), indices)
 
     def matrix(self, atom: int) -> FactoredMatrix:
         """Atom `atom` as a FactoredMatrix [d_k, d_v], by its singular value decomposition."""

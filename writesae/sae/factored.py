@@ -30,6 +30,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from writesae.sae import kernels
+
 _GRAM_ADVANTAGE = 4  # how many times the matrix's own multiplications the Gram matrices may take before they lose
 
 
@@ -63,6 +65,11 @@ class _SquaredNormOfSum(torch.autograd.Function):
         return 2 * grad[..., None] * applied, grad_left, grad_right
 
 
+def matrix_is_cheaper(term: int, d_k: int, d_v: int) -> bool:
+    """Whether a sum of so many outer products is cheaper to form than their Gram matrices."""
+    return term * (d_k + d_v) > _GRAM_ADVANTAGE * d_k * d_v
+
+
 def squared_norm_of_sum(
     coefficients: Float[Tensor, "batch level term"],
     left: Float[Tensor, "batch term d_k"],
@@ -72,11 +79,25 @@ def squared_norm_of_sum(
 
     By equation (1), unless there are so many terms that the matrix itself is the cheaper way.
     """
-    term, d_k, d_v = left.shape[1], left.shape[2], right.shape[2]
-    if term * (d_k + d_v) > _GRAM_ADVANTAGE * d_k * d_v:
+    if matrix_is_cheaper(left.shape[1], left.shape[2], right.shape[2]):
         levels = [(left * level[..., None]).transpose(1, 2) @ right for level in coefficients.unbind(1)]
         return torch.stack([matrix.square().sum((1, 2)) for matrix in levels], dim=1)
     return _SquaredNormOfSum.apply(coefficients, left, right)
+
+
+def squared_norms_at(
+    coefficients: Float[Tensor, "batch level term"],
+    rows: tuple[Float[Tensor, "row d_k"], Float[Tensor, "row d_v"]],
+    indices: Int[Tensor, "batch term"],
+) -> Float[Tensor, "batch level"]:
+    """|sum_j c_j l_j r_j^T|^2 of every level, by kernels, where `kernels.use_triton(*rows)`."""
+    (d_k, d_v), count = (side.shape[1] for side in rows), len(indices)
+    if matrix_is_cheaper(indices.shape[1], d_k, d_v):
+        levels = [kernels.decode_at(level, *rows, indices).square().sum((1, 2)) for level in coefficients.unbind(1)]
+        return torch.stack(levels, dim=1).type_as(coefficients)
+    nothing = (side.new_zeros(count, 0, side.shape[1]) for side in rows)
+    none = coefficients.new_zeros(*coefficients.shape[:2], 0)
+    return kernels.squared_norm_at(coefficients, *rows, indices, *nothing, none).type_as(coefficients)
 
 
 def inner_with_sum(
@@ -151,6 +172,8 @@ def bilinear_at(
     """(p_i . key)(r_i . value) at the chosen rows i; differentiable once in the first four arguments.
 
     The projections key @ key_factors^T and value @ value_factors^T are handed in because choosing the rows has
-    already cost them.
+    already cost them. On a GPU a kernel takes the chosen ones again, which is less than reading them back.
     """
+    if kernels.use_triton(key_factors, value_factors, widest=None):
+        return kernels.bilinear_at(key_factors, value_factors, key, value, indices).type_as(key_factors)
     return _BilinearAt.apply(key_factors, value_factors, key, value, key_projections, value_projections, indices)

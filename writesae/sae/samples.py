@@ -18,7 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.sae.factored import bilinear_at, inner_with_sum, squared_norm_of_sum
+from writesae.sae import kernels
+from writesae.sae.factored import (
+    bilinear_at,
+    inner_with_sum,
+    matrix_is_cheaper,
+    squared_norm_of_sum,
+    squared_norms_at,
+)
 
 Rows = Int[Tensor, " chosen"] | slice
 Sides = tuple[Float[Tensor, "row d_k"], Float[Tensor, "row d_v"]]
@@ -129,6 +136,17 @@ class Samples(ABC):
         crossed = (coefficients * self.inner_with(left, right, rows, indices)[:, None]).sum(2)
         return self.squared_norms()[:, None] - 2 * crossed + squared_norm_of_sum(coefficients, left, right)
 
+    def inner_with_at(self, rows: Sides, indices: Int[Tensor, "sample term"]) -> Float[Tensor, "sample term"]:
+        """`inner_with` of rows that no one has gathered, by kernels, where `kernels.use_triton(*rows)`."""
+        return self.inner_at(*rows, self.inner(*rows), indices)
+
+    def squared_errors_at(
+        self, coefficients: Float[Tensor, "sample level term"], rows: Sides, indices: Int[Tensor, "sample term"]
+    ) -> Float[Tensor, "sample level"]:
+        """`squared_errors` by rows that no one has gathered, by kernels, where `kernels.use_triton(*rows)`."""
+        crossed = (coefficients * self.inner_with_at(rows, indices)[:, None]).sum(2)
+        return self.squared_norms()[:, None] - 2 * crossed + squared_norms_at(coefficients, rows, indices)
+
     def blocks(self, size: int) -> Iterator["Samples"]:
         """The samples in order, at most `size` at a time (kinds that cannot be cut there may give more)."""
         for start in range(0, len(self), size):
@@ -182,6 +200,8 @@ class Factored(Samples):
         inner: Inner,
         indices: Int[Tensor, "sample chosen"],
     ) -> Float[Tensor, "sample chosen"]:
+        if kernels.use_triton(left, right, widest=None):
+            return self.inner_with_at((left, right), indices)
         if inner.kept[0].dtype != self.dtype:  # scored in a narrower type: good enough to choose by, not to learn from
             return self.inner_with(left[indices], right[indices], (left, right), indices)
         by_term = indices.repeat_interleave(self.terms, 0) if self.terms > 1 else indices
@@ -197,6 +217,11 @@ class Factored(Samples):
         indices: Int[Tensor, "sample term"],
     ) -> Float[Tensor, "sample term"]:
         return inner_with_sum(left, right, self.key.new_ones(len(self), self.terms), self.key, self.value)
+
+    def inner_with_at(self, rows: Sides, indices: Int[Tensor, "sample term"]) -> Float[Tensor, "sample term"]:
+        by_term = indices.repeat_interleave(self.terms, 0) if self.terms > 1 else indices
+        products = kernels.bilinear_at(*rows, self.key.flatten(0, 1), self.value.flatten(0, 1), by_term)
+        return self._sum_terms(products.type_as(rows[0]))
 
     def _sum_terms(self, products: Tensor) -> Tensor:
         return products if self.terms == 1 else products.view(len(self), self.terms, -1).sum(1)
@@ -235,6 +260,15 @@ class Factored(Samples):
         ones = coefficients.new_ones(*coefficients.shape[:2], self.terms)
         both = torch.cat([ones, -coefficients], dim=2)
         return squared_norm_of_sum(both, torch.cat([self.key, left], dim=1), torch.cat([self.value, right], dim=1))
+
+    def squared_errors_at(
+        self, coefficients: Float[Tensor, "sample level term"], rows: Sides, indices: Int[Tensor, "sample term"]
+    ) -> Float[Tensor, "sample level"]:
+        if matrix_is_cheaper(indices.shape[1] + self.terms, self.d_k, self.d_v):
+            return Matrices(self.matrices()).squared_errors_at(coefficients, rows, indices)
+        ones = coefficients.new_ones(*coefficients.shape[:2], self.terms)
+        found = kernels.squared_norm_at(-coefficients, *rows, indices, self.key, self.value, ones)
+        return found.type_as(coefficients)
 
 
 class Vectors(Factored):
@@ -288,6 +322,8 @@ class Matrices(Samples):
         inner: Inner,
         indices: Int[Tensor, "sample chosen"],
     ) -> Float[Tensor, "sample chosen"]:
+        if kernels.use_triton(left, right):
+            return self.inner_with_at((left, right), indices)
         return ((left[indices] @ self.x) * right[indices]).sum(-1)
 
     def inner_with(
@@ -298,6 +334,9 @@ class Matrices(Samples):
         indices: Int[Tensor, "sample term"],
     ) -> Float[Tensor, "sample term"]:
         return ((left @ self.x) * right).sum(-1)
+
+    def inner_with_at(self, rows: Sides, indices: Int[Tensor, "sample term"]) -> Float[Tensor, "sample term"]:
+        return kernels.inner_of_matrices_at(self.x, *rows, indices).type_as(rows[0])
 
     def inner_with_matrix(self, matrix: Float[Tensor, "d_k d_v"]) -> Float[Tensor, " sample"]:
         return (self.x * matrix).sum((1, 2))
@@ -325,6 +364,12 @@ class Matrices(Samples):
             for level in coefficients.unbind(1)
         ]
         return torch.stack(levels, dim=1)
+
+    def squared_errors_at(
+        self, coefficients: Float[Tensor, "sample level term"], rows: Sides, indices: Int[Tensor, "sample term"]
+    ) -> Float[Tensor, "sample level"]:
+        rebuilt = (kernels.decode_at(level, *rows, indices) for level in coefficients.unbind(1))
+        return torch.stack([(self.x - one).square().sum((1, 2)) for one in rebuilt], dim=1).type_as(coefficients)
 
 
 def concatenated(parts: Sequence[Samples]) -> Samples:

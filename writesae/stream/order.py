@@ -4,6 +4,9 @@ Epoch e puts the passages into a random order and cuts them into blocks, as many
 within block b the (passage, position) rows are put into a random order, and batches are consecutive rows. So neighbouring
 tokens are apart, a bounded buffer is enough, any batch can be found again by its number, and a run that is resumed needs to
 remember nothing but how many batches it has seen. What does not fill a last batch of a block is left out in that epoch.
+
+Nothing else counts: not what else is read at these tokens, nor how much of it is kept in memory. So a dictionary that is
+trained beside others meets the very batches that it would meet alone.
 """
 
 from dataclasses import dataclass
@@ -47,14 +50,12 @@ class Order:
     """Most samples of a block (a block holds a batch and a passage at least)."""
     seed: int
     """Of every order."""
-    passages_per_batch: int | None = None
-    """For whole passages instead of rows: how many make a batch."""
 
     @property
     def n_blocks(self) -> int:
         """Blocks of an epoch; their sizes differ by one passage at most."""
         wanted = -(-self.n_passages * self.per_passage // max(self.buffer_samples, 1))
-        least = self.passages_per_batch or -(-self.batch_size // self.per_passage)
+        least = -(-self.batch_size // self.per_passage)
         return max(1, min(wanted, self.n_passages // least))
 
     def block_size(self, block: int) -> int:
@@ -63,10 +64,7 @@ class Order:
 
     def batches_in(self, block: int) -> int:
         """Batches of a block; where there is too little for one, it is as large as what there is."""
-        passages = self.block_size(block)
-        if self.passages_per_batch:
-            return max(1, passages // self.passages_per_batch)
-        return max(1, passages * self.per_passage // self.batch_size)
+        return max(1, self.block_size(block) * self.per_passage // self.batch_size)
 
     def place(self, number: int) -> Place:
         """Where batch `number` is; raises `IndexError` below zero."""
@@ -90,16 +88,19 @@ class Order:
     def rows(self, place: Place) -> Int[Tensor, " sample"]:
         """Rows of a batch among the rows of its block, which are ordered by (passage, position)."""
         order = _permutation(self.block_size(place.block) * self.per_passage, self.seed, place.epoch, place.block)
-        first = place.batch * self.batch_size
-        size = min(self.batch_size, len(order))
-        # Where whole passages set the pace there may be more batches than rows to fill them; then rows come again.
-        return order[torch.arange(first, first + size) % len(order)]
+        return order[place.batch * self.batch_size : (place.batch + 1) * self.batch_size]
 
-    def passage_rows(self, place: Place) -> Int[Tensor, " passage"]:
-        """Places, within the block, of the whole passages of a batch."""
-        size = self.passages_per_batch or 1
-        order = _permutation(self.block_size(place.block), self.seed, place.epoch, place.block, 1)
-        return order[place.batch * size : (place.batch + 1) * size]
+    def passage_rows(self, place: Place, count: int) -> Int[Tensor, " passage"]:
+        """Places, within the block, of `count` whole passages for a batch (all of the block, where it has fewer).
+
+        The passages of a block are gone round in a random order, a new one for every round: once an epoch or less where a
+        batch holds them whole, several times where a passage is longer than a batch.
+        """
+        size = self.block_size(place.block)
+        count = min(count, size)
+        round, turn = divmod(place.batch, size // count)
+        order = _permutation(size, self.seed, place.epoch, place.block, round)
+        return order[turn * count : (turn + 1) * count]
 
 
 @lru_cache(maxsize=8)

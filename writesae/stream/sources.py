@@ -4,21 +4,29 @@
     hook_state   the states of one head
     any other    its vectors: [batch, pos, d], or [batch, pos, head, d] of one head
 
-`collect` reads any number of sources off one forward pass, as factors: no matrix of a write or a state is formed.
+`collect` reads any number of sources off one forward pass, as factors: no matrix of a write or a state is formed. Its records
+hold tensors [passage, pos, ...]:
+
+    vector   x [.., d]
+    write    key [.., d_k] and value [.., d_v]; of net writes with an axis of terms before the width
+    state    log_decay [..] or [.., d_k]; the net writes key and value; and under one decay per head squared_norm [..], |S_t|^2
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
+from hooked_recurrent.cache import RecurrentCache
 from hooked_recurrent.config import StrictConfig
-from hooked_recurrent.memory.changes import changes
+from hooked_recurrent.memory.changes import Changes, changes
 from hooked_recurrent.memory.source import ROLES
 from writesae.config import require_one_of
 from writesae.sae.samples import Factored, Samples, Vectors
@@ -29,7 +37,8 @@ _MATRIX = re.compile(r"blocks\.(\d+)\.mixer\.hook_(write|state)")
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 _SQUARE = ("hook_pattern", "hook_attn_scores")
 Record = dict[str, Tensor]
-"""Tensors of one source, each [passage, pos, ...]: x; or key and value; for states also log_decay and squared_norm."""
+"""Tensors of one source, each [passage, pos, ...]; see the module's docstring."""
+_SHAPES: WeakKeyDictionary[HookedRecurrentModel, dict[str, torch.Size]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -111,12 +120,14 @@ def _no_such_hook(model: HookedRecurrentModel, hook: str) -> str:
     return f"this model has no hook {hook!r}{f'; did you mean {near[0]!r}?' if near else ''}"
 
 
+@torch.no_grad()
 def _shape_of(model: HookedRecurrentModel, hook: str) -> torch.Size:
-    """Shape of what a hook sees of two tokens."""
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, return_type=None, names_filter=[hook])
-    return cache[hook].shape
+    """Shape of what a hook sees of two tokens; one short run per model tells those of all hooks, whatever its rule."""
+    if model not in _SHAPES:
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+        _, cache = model.run_with_cache(tokens, return_type=None, return_cache_object=False)
+        _SHAPES[model] = {name: tensor.shape for name, tensor in cache.items()}
+    return _SHAPES[model].get(hook, torch.Size())
 
 
 def _decays_by_channel(model: HookedRecurrentModel, layer: int) -> bool:
@@ -149,21 +160,68 @@ def expand(
 
 @torch.no_grad()
 def collect(
-    model: HookedRecurrentModel, tokens: Int[Tensor, "passage pos"], sources: Iterable[Source]
+    model: HookedRecurrentModel,
+    tokens: Int[Tensor, "passage pos"],
+    sources: Iterable[Source],
+    *,
+    dtype: torch.dtype | None = None,
+    numbers: Int[Tensor, " passage"] | None = None,
 ) -> dict[Source, Record]:
     """Records of all sources at every position of these passages: one forward pass, no further than the last layer needed.
 
-    Raises `ValueError` as `describe` does, and for NaN or infinity, naming hook, head, passage and position.
+    Args:
+        model: the language model.
+        tokens: passages.
+        sources: what to read.
+        dtype: of keys, values and vectors, None for what they come in; decays and norms, whose errors add up, stay as they are.
+        numbers: what an error calls the passages; by default they are counted from 0.
+
+    Raises:
+        ValueError: as `describe` says, and for NaN or infinity, naming hook, head, passage and position.
     """
     described = {source: describe(model, source) for source in sources}
-    names = {name for source, about in described.items() for name in _names(model, source, about)}
-    layers = [about.layer for about in described.values()]
-    deepest = [layer for layer in layers if layer is not None]
-    stop = max(deepest) + 1 if len(deepest) == len(layers) else None
-    _, cache = model.run_with_cache(tokens, return_type=None, names_filter=sorted(names), stop_at_layer=stop)
-    for name in sorted(names):
-        _check_finite(name, cache[name])
-    return {source: _record(cache, source, about) for source, about in described.items()}
+    names = sorted({name for source, about in described.items() for name in _names(model, source, about)})
+    layers = [-1 if about.layer is None else about.layer for about in described.values()]
+    behind = any(source.hook.startswith("ln_final.") for source in described)
+    stop = None if behind else max(layers) + 1
+    options: dict[str, Any] = {"names_filter": names, "heads": _heads(described), "stop_at_layer": stop}
+    try:
+        _, cache = model.run_with_cache(tokens, return_type=None, **options)
+    except ValueError as error:  # the model itself looks at what it ends with, and counts rows
+        if numbers is None:
+            raise
+        raise ValueError(f"{error} (the rows are passages {', '.join(map(str, numbers.tolist()))})") from error
+    for name in names:
+        _check_finite(name, cache, numbers)
+    found: dict[Source, Record] = {}
+    for source, about in described.items():
+        if about.kind == VECTOR:
+            found[source] = {"x": _copy(_head_of(cache[source.hook], source), dtype)}
+        elif about.kind == WRITE and source.form == "additive":
+            sides = {side: cache[f"blocks.{about.layer}.mixer.hook_write_{side}"] for side in ("key", "value")}
+            place = cache.kept.heads.index(source.head)
+            found[source] = {side: _copy(tensor[:, :, place], dtype) for side, tensor in sides.items()}
+    for layer in sorted({about.layer or 0 for source, about in described.items() if source not in found}):
+        rest = {s: about for s, about in described.items() if s not in found and about.layer == layer}
+        found.update(_net(cache, layer, rest, dtype))
+    return {source: found[source] for source in described}
+
+
+def joined(parts: Sequence[Record]) -> Record:
+    """The passages of several records in one. Where some of them needed more terms, the others get terms of zeros."""
+    return {name: torch.cat(with_terms([part[name] for part in parts])) for name in parts[0]}
+
+
+def with_terms(tensors: Sequence[Tensor], least: int = 0) -> list[Tensor]:
+    """Tensors of one name with as many terms each, `least` or more: those [passage, pos, term, d] get zeros behind their own.
+
+    How many terms net writes have follows from the numbers: an erase that leaves the write key by more than rounding at a
+    single position is a term of its own.
+    """
+    if tensors[0].ndim != 4:
+        return list(tensors)
+    terms = max(least, *(tensor.shape[2] for tensor in tensors))
+    return [torch.nn.functional.pad(tensor, (0, 0, 0, terms - tensor.shape[2])) for tensor in tensors]
 
 
 def _names(model: HookedRecurrentModel, source: Source, about: Described) -> list[str]:
@@ -175,31 +233,59 @@ def _names(model: HookedRecurrentModel, source: Source, about: Described) -> lis
     return [name for name in names if name in model.hook_dict]
 
 
-def _record(cache, source: Source, about: Described) -> Record:
-    """Copies, so that the activations of the other heads can be freed."""
-    if about.kind == VECTOR:
-        x = cache[source.hook]
-        return {"x": (x if source.head is None else x[:, :, source.head]).clone()}
-    if about.kind == WRITE and source.form == "additive":
-        sides = {side: cache[f"blocks.{about.layer}.mixer.hook_write_{side}"] for side in ("key", "value")}
-        return {side: tensor[:, :, source.head].clone() for side, tensor in sides.items()}
-    net = changes(cache, about.layer, source.head)
-    record = {"key": net.key[:, :, 0].clone(), "value": net.value[:, :, 0].clone()}
-    if about.kind == STATE:
-        record["log_decay"] = net.log_decay[:, :, 0].clone()
-        if not about.vector_decay:
-            record["squared_norm"] = net.squared_norms()[:, :, 0].clone()
-    return record
+def _heads(described: Mapping[Source, Described]) -> list[int] | None:
+    """The heads that the cache has to keep; all of them beside a vector of a mixer, whose hooks may have other heads."""
+    if any(about.kind == VECTOR and ".mixer." in source.hook for source, about in described.items()):
+        return None
+    return (
+        sorted({source.head for source in described if source.hook.count(".mixer.") and source.head is not None})
+        or None
+    )
 
 
-def _check_finite(name: str, activation: Tensor) -> None:
+def _head_of(tensor: Tensor, source: Source) -> Tensor:
+    return tensor if source.head is None else tensor[:, :, source.head]
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy, so that the activations of the other heads can be freed."""
+    return tensor.to(dtype=dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _net(
+    cache: RecurrentCache, layer: int, described: Mapping[Source, Described], dtype: torch.dtype | None
+) -> dict[Source, Record]:
+    """Net writes and states of one layer, all heads of it at once."""
+    heads = sorted({source.head for source in described if source.head is not None})
+    net: Changes = changes(cache, layer, heads)
+    if dtype is not None:
+        net = replace(net, key=net.key.to(dtype), value=net.value.to(dtype))
+    scalar = any(about.kind == STATE and not about.vector_decay for about in described.values())
+    # Of the rounded factors: norms of other states than those that the factors make would spoil every error.
+    norms = net.squared_norms() if scalar else None
+    found: dict[Source, Record] = {}
+    for source, about in described.items():
+        place = heads.index(source.head or 0)
+        found[source] = {side: _copy(getattr(net, side)[:, :, place], None) for side in ("key", "value")}
+        if about.kind == STATE:
+            found[source]["log_decay"] = _copy(net.log_decay[:, :, place], None)
+            if norms is not None:
+                found[source]["squared_norm"] = _copy(norms[:, :, place], None)
+    return found
+
+
+def _check_finite(name: str, cache: RecurrentCache, numbers: Tensor | None) -> None:
+    activation = cache[name]
     bad = ~torch.isfinite(activation)
     if name.endswith("hook_log_decay"):
         bad &= activation != -torch.inf  # a state may be forgotten altogether
     if bad.any():
-        passage, position = bad.nonzero()[0, :2].tolist()
-        head = f", head {bad.nonzero()[0, 2].item()}" if activation.ndim == 4 else ""
-        raise ValueError(f"NaN or infinity in {name}{head}, at position {position} of passage {passage}")
+        first = bad.nonzero()[0].tolist()
+        passage = first[0] if numbers is None else int(numbers[first[0]])
+        head = ""
+        if activation.ndim == 4:
+            head = f", head {cache.kept.heads[first[2]] if '.mixer.' in name else first[2]}"
+        raise ValueError(f"NaN or infinity in {name}{head}, at position {first[1]} of passage {passage}")
 
 
 def samples_of(kind: str, rows: Record) -> Samples:

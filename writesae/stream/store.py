@@ -1,17 +1,20 @@
 """Records on disk: a folder of safetensors shards and a manifest, made once and read by many runs.
 
     manifest.json          format_version, model (name, fingerprint), tokens (shape, fingerprint), sources, dtype,
-                           passages_per_shard, shards (file, passages, bytes)
+                           passages_per_shard, created, shards (file, passages, bytes)
     shard-00000.safetensors, ...    "{number of the source}.{name}" -> [passage, pos, ...]
 
 Every file is written whole under another name and then renamed, and the manifest only lists shards that are there. So
-whatever stops a write, a full disk or a kill, leaves a store that says how far it got; writing again goes on from there.
+whatever stops a write, a full disk or a kill, leaves a store that says how far it got; writing again goes on from there, and
+makes shards again that were damaged since.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +25,25 @@ from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.files import save_tensors, write_text
-from writesae.stream.sources import Described, Record, Source, collect, describe
+from writesae.stream.sources import Described, Record, Source, collect, describe, joined, with_terms
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WIDE = ("log_decay", "squared_norm")  # small, and what running sums are built on: never narrowed below float32
-_SPOTS = 64  # numbers of every weight that go into the fingerprint
+_SPOTS = 256  # numbers of every weight that go into the fingerprint
 
 
 def model_fingerprint(model: HookedRecurrentModel) -> str:
-    """A hash of the names, shapes and some numbers of all weights: another model, or other weights, give another."""
-    digest = hashlib.sha256()
+    """A hash of the config and of the names, types, shapes and some numbers of all weights.
+
+    Cheap, so not proof against everything: a change to fewer than one in 256 neighbouring numbers of a weight may escape it.
+    """
+    config = {name: value for name, value in model.cfg.to_dict().items() if name not in ("model_name", "backend")}
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
         spots = torch.linspace(0, max(len(flat) - 1, 0), min(_SPOTS, len(flat))).long().to(flat.device)
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(flat[spots].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -70,7 +76,10 @@ class ActivationStore:
         passages_per_forward: int = 8,
         progress: Callable[[int, int], None] | None = None,
     ) -> "ActivationStore":
-        """Run the model over the passages and keep the records of the sources; goes on where an earlier write stopped.
+        """Run the model over the passages and keep the records of the sources.
+
+        Shards that are there already, of an earlier write of the same, are left as they are: a finished store is reused, one
+        that was interrupted goes on, and of a damaged one only the damaged shards are made again.
 
         Raises:
             ValueError: a folder that holds records of another model, other tokens or sources; an unknown dtype; sources that
@@ -81,18 +90,20 @@ class ActivationStore:
         fresh = cls._fresh_manifest(model, tokens, sources, dtype, passages_per_shard)
         store = cls(folder, fresh)
         if (folder / MANIFEST).exists():
-            store = cls.open(folder)
+            store = cls(folder, _read_manifest(folder))
             if said := store._difference(fresh):
                 raise ValueError(f"{str(folder)!r} holds other records ({said}); give another folder")
+        for left in folder.glob(".shard-*"):  # of a write that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        whole = {shard["file"] for shard in store.manifest["shards"] if _damage(folder, shard) is None}
         starts = range(0, len(tokens), passages_per_shard)
         for number, start in enumerate(starts):
-            if number >= len(store.manifest["shards"]):
-                rows = tokens[start : start + passages_per_shard]
-                store._write_shard(
-                    number, start, _in_parts(model, rows, store.sources, passages_per_forward), len(starts)
-                )
+            numbers = torch.arange(start, min(start + passages_per_shard, len(tokens)))
+            if _shard_name(number) not in whole:
+                records = _in_parts(model, tokens, numbers, store.sources, DTYPES[dtype], passages_per_forward)
+                store._write_shard(number, numbers, records, len(starts))
             if progress:
-                progress(min(start + passages_per_shard, len(tokens)), len(tokens))
+                progress(int(numbers[-1]) + 1, len(tokens))
         return store
 
     @staticmethod
@@ -112,28 +123,28 @@ class ActivationStore:
             "sources": [{"source": s.to_dict(), "is": asdict(describe(model, s))} for s in dict.fromkeys(sources)],
             "dtype": dtype,
             "passages_per_shard": per_shard,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "shards": [],
         }
 
-    def _write_shard(self, number: int, start: int, records: dict[Source, Record], total: int) -> None:
-        name, dtype = f"shard-{number:05d}.safetensors", DTYPES[self.manifest["dtype"]]
-        tensors = {}
-        for place, source in enumerate(self.sources):
-            for part, tensor in records[source].items():
-                wide = torch.float64 if part == "squared_norm" else torch.float32
-                tensors[f"{place}.{part}"] = tensor.to(wide if part in _WIDE and dtype.itemsize < 8 else dtype).cpu()
-        count = len(next(iter(tensors.values())))
+    def _write_shard(self, number: int, numbers: Tensor, records: dict[Source, Record], total: int) -> None:
+        name, shards = _shard_name(number), list(self.manifest["shards"])
+        tensors = {f"{place}.{part}": t for place, s in enumerate(self.sources) for part, t in records[s].items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_tensors(self.folder / name, tensors, {})
             size = (self.folder / name).stat().st_size
-            shards = [*self.manifest["shards"], {"file": name, "passages": [start, start + count], "bytes": size}]
+            # in the place of a damaged one, or behind the others
+            shards[number : number + 1] = [
+                {"file": name, "passages": [int(numbers[0]), int(numbers[-1]) + 1], "bytes": size}
+            ]
             write_text(self.folder / MANIFEST, json.dumps({**self.manifest, "shards": shards}, indent=1) + "\n")
-        except OSError as error:
-            done = len(self.manifest["shards"])
+        except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
+            why = getattr(error, "strerror", None) or str(error)
+            done = sum(_damage(self.folder, shard) is None for shard in self.manifest["shards"])
             raise OSError(
-                error.errno,
-                f"could not write {name} into {str(self.folder)!r} ({error.strerror or error}); {done} of {total} shards are "
+                getattr(error, "errno", None),
+                f"could not write {name} into {str(self.folder)!r} ({why}); {done} of {total} shards are "
                 "there and whole, and writing again goes on from them",
             ) from error
         self.manifest["shards"] = shards
@@ -145,22 +156,12 @@ class ActivationStore:
         """The store in a folder. Raises `ValueError` for a missing or damaged manifest, another version, and shards that are
         missing or truncated."""
         folder = Path(folder)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            version = manifest["format_version"]
-        except FileNotFoundError:
-            raise ValueError(f"no store of activations at {str(folder)!r}: {MANIFEST} is not there") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{str(folder / MANIFEST)!r} is not the manifest of a store: {error}") from None
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{str(folder)!r} has format_version {version!r}; this version reads {FORMAT_VERSION}")
+        manifest = _read_manifest(folder)
         for shard in manifest["shards"]:
-            path = folder / shard["file"]
-            size = path.stat().st_size if path.exists() else None
-            if size != shard["bytes"]:
-                came = "is missing" if size is None else f"has {size} bytes and should have {shard['bytes']}"
+            if damage := _damage(folder, shard):
                 raise ValueError(
-                    f"{str(path)!r} {came}; delete {MANIFEST} and write the store again, or restore the shard"
+                    f"{str(folder / shard['file'])!r} {damage}; ActivationStore.write with the same model, tokens and sources "
+                    "makes it again and leaves the others as they are"
                 )
         return cls(folder, manifest)
 
@@ -208,19 +209,32 @@ class ActivationStore:
                 for key in file.keys():
                     place, name = key.split(".", 1)
                     if (source := self.sources[int(place)]) in records:
-                        records[source][name] = file.get_tensor(key)[rows]
+                        part = file.get_slice(key)  # the rest of the shard is not read
+                        records[source][name] = torch.cat([part[row : row + 1] for row in rows.tolist()])
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(path)!r} is damaged, truncated or gone: {error}") from None
         return records
 
     # --- finding one -------------------------------------------------------------------------------------------
 
+    def check_tokens(self, tokens: Int[Tensor, "passage pos"]) -> None:
+        """Raise `ValueError` unless the records of all of these passages are there."""
+        wanted = {"shape": list(tokens.shape), "fingerprint": tokens_fingerprint(tokens)}
+        held = self.manifest["tokens"]
+        if wanted != held:
+            raise ValueError(f"{str(self.folder)!r} holds records of other tokens: {held} there, {wanted} asked for")
+        if not self.complete:
+            raise ValueError(f"{str(self.folder)!r} is not finished: {self._progress()}; write it again to go on")
+
+    def _progress(self) -> str:
+        return f"{self.n_passages} of {self.manifest['tokens']['shape'][0]} passages are there"
+
     def mismatch(
         self, model: HookedRecurrentModel, tokens: Int[Tensor, "passage pos"], sources: Sequence[Source]
     ) -> str | None:
         """Why the store cannot serve this model, these tokens and sources, in a few words; None where it can."""
         if not self.complete:
-            return f"it is not finished: {self.n_passages} of {self.manifest['tokens']['shape'][0]} passages are there"
+            return f"it is not finished: {self._progress()}"
         if lacking := [str(source) for source in sources if source not in self._about]:
             return f"it lacks {'; '.join(lacking)}"
         wanted = self._fresh_manifest(model, tokens, self.sources, self.manifest["dtype"], 1)
@@ -250,16 +264,53 @@ class ActivationStore:
         return rows
 
 
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in a folder; raises `ValueError` when it is missing, damaged or of another version."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except FileNotFoundError:
+        raise ValueError(f"no store of activations at {str(folder)!r}: {MANIFEST} is not there") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(folder / MANIFEST)!r} is not the manifest of a store: {error}") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{str(folder)!r} has format_version {version!r}; this version reads {FORMAT_VERSION}")
+    return manifest
+
+
+def _damage(folder: Path, shard: dict[str, Any]) -> str | None:
+    """What is wrong with a shard, as far as its length tells; None where nothing is."""
+    path = folder / shard["file"]
+    if not path.exists():
+        return "is missing"
+    size = path.stat().st_size
+    return None if size == shard["bytes"] else f"has {size} bytes and should have {shard['bytes']}"
+
+
 def _in_parts(
-    model: HookedRecurrentModel, tokens: Tensor, sources: Sequence[Source], passages_per_forward: int
+    model: HookedRecurrentModel,
+    tokens: Tensor,
+    numbers: Tensor,
+    sources: Sequence[Source],
+    dtype: torch.dtype,
+    passages_per_forward: int,
 ) -> dict[Source, Record]:
-    parts = [collect(model, rows, sources) for rows in tokens.split(passages_per_forward)]
-    return {s: {name: torch.cat([part[s][name] for part in parts]) for name in parts[0][s]} for s in sources}
+    """Records of these passages on the CPU, a few of them in each forward pass."""
+    parts = []
+    for some in numbers.split(passages_per_forward):
+        found = collect(model, tokens[some.to(tokens.device)], sources, dtype=dtype, numbers=some)
+        parts.append({source: {n: tensor.cpu() for n, tensor in record.items()} for source, record in found.items()})
+    return {source: joined([part.pop(source) for part in parts]) for source in sources}
 
 
 def _in_place(parts: "list[tuple[Tensor, Tensor]]", n: int) -> Tensor:
     """Rows from several shards in the order in which they were asked for."""
-    whole = parts[0][1].new_empty(n, *parts[0][1].shape[1:])
-    for places, tensor in parts:
+    tensors = with_terms([tensor for _, tensor in parts])
+    whole = tensors[0].new_empty(n, *tensors[0].shape[1:])
+    for (places, _), tensor in zip(parts, tensors, strict=True):
         whole[places] = tensor
     return whole

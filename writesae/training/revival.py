@@ -7,8 +7,10 @@ An atom that never wins a place in a code gets no gradient and stays as it is. T
   scores, whatever the sparsifier. Only inner products are needed (`WriteSAE.residual_errors`), so it costs factors where
   the samples have factors.
 
-- Resampling (Bricken et al. 2023) moves dead atoms onto badly reconstructed samples: onto their leading singular vectors,
-  which for a write are its own factors, k/|k| and v/|v|, and need no decomposition.
+- Resampling (Bricken et al. 2023) moves dead atoms onto badly reconstructed samples. For a write these are its own
+  factors, k/|k| and v/|v|, which need no decomposition. Of a sum of several outer products (a net write, a state) it is
+  the leading singular vectors of what is LEFT of it: those of the sum are mixtures of its terms, most of which have an
+  atom already (docs/recovery.md has what this is worth).
 """
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from writesae.parallel import World
 from writesae.sae import Codes, LossOutput, WriteSAE
-from writesae.sae.samples import Matrices, Samples
+from writesae.sae.samples import Factored, Matrices, Samples
 
 RESAMPLED_ENCODER_LENGTH = 0.5
 """Length of a moved atom's encoder factors, as a share of the living atoms' mean (0.2 in the paper's code)."""
@@ -63,12 +65,14 @@ def resample(
     dead: Bool[Tensor, " n_atoms"],
     generator: torch.Generator,
     world: World | None = None,
+    codes: Codes | None = None,
 ) -> int:
     """Move dead atoms onto samples of this batch, drawn without replacement in proportion to their squared error.
 
     At most as many atoms move as there are samples with an error, lowest numbers first. A moved atom becomes the leading
-    singular pair of its sample (a dense one the sample itself) at unit norm; its encoder points the same way at a small
-    length, its bias and counter are zero, and the optimiser forgets its moments. With several processes the batch is
+    singular pair of its sample (a dense one the sample itself) at unit norm, or, where the samples are no single outer
+    products and `codes` tells how they are rebuilt, that of what is left of its sample; its encoder points the same way
+    at a small length, its bias and counter are zero, and the optimiser forgets its moments. With several processes the batch is
     that of all of them, and every process moves the same atoms alike. Returns how many were moved.
     """
     world = world or World()
@@ -77,7 +81,7 @@ def resample(
     if len(atoms) == 0:
         return 0
     drawn = torch.multinomial(chances, len(atoms), replacement=False, generator=generator).to(errors.device)
-    chosen, leading = _drawn(sae, samples, drawn, world)
+    chosen, leading = _drawn(sae, samples, codes, drawn, world)
     alive = (~dead).nonzero().squeeze(-1)
     sae.encoder.reset_(atoms, chosen, leading, alive, RESAMPLED_ENCODER_LENGTH)
     sae.activation.reset_(atoms, alive)
@@ -87,13 +91,24 @@ def resample(
     return len(atoms)
 
 
+def left_of(sae: WriteSAE, samples: Samples, codes: Codes | None, rows: Int[Tensor, " chosen"]) -> Samples:
+    """What the code leaves of the chosen samples, as matrices; the samples themselves where they are single outer products
+    (or there is no code).
+    """
+    chosen = samples.take(rows)
+    if codes is None or (isinstance(chosen, Factored) and chosen.terms == 1):
+        return chosen
+    return Matrices(chosen.matrices() - sae.decode(Codes(codes.indices[rows], codes.values[rows])))
+
+
 def _drawn(
-    sae: WriteSAE, samples: Samples, drawn: Int[Tensor, " chosen"], world: World
+    sae: WriteSAE, samples: Samples, codes: Codes | None, drawn: Int[Tensor, " chosen"], world: World
 ) -> tuple[Samples, tuple[Float[Tensor, "chosen d_k"], Float[Tensor, "chosen d_v"]]]:
     """The drawn samples of all processes, as far as the dictionary needs them: leading vectors, and matrices if dense."""
     dense = sae.config.decoder == "dense" or sae.config.encoder == "linear"
     if world.size == 1:
-        return samples.take(drawn), samples.leading(drawn)
+        chosen = left_of(sae, samples, codes, drawn)
+        return chosen, chosen.leading(torch.arange(len(chosen), device=drawn.device))
     lengths = world.all_gather(torch.tensor([len(samples)], device=drawn.device))
     first = int(lengths[: world.rank].sum())
     mine = ((drawn >= first) & (drawn < first + len(samples))).nonzero().squeeze(-1)
@@ -104,8 +119,9 @@ def _drawn(
         whole[mine] = part
         return world.sum_(whole)
 
-    key, value = samples.leading(own)
-    matrices = everyones(samples.take(own).matrices()) if dense else key.new_zeros(len(drawn), 0, 0)
+    chosen = left_of(sae, samples, codes, own)
+    key, value = chosen.leading(torch.arange(len(chosen), device=drawn.device))
+    matrices = everyones(chosen.matrices()) if dense else key.new_zeros(len(drawn), 0, 0)
     return Matrices(matrices), (everyones(key), everyones(value))
 
 

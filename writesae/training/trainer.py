@@ -22,7 +22,7 @@ from torch import Tensor
 
 from writesae.config import TrainConfig
 from writesae.parallel import World
-from writesae.sae import Factored, Samples, WriteSAE
+from writesae.sae import Factored, LossOutput, Samples, WriteSAE
 from writesae.sae.states import StateSequences
 from writesae.training.revival import auxiliary_loss, count_step, dead_atoms, resample
 from writesae.training.schedule import bandwidth_share, learning_rate, sparsity_share
@@ -93,7 +93,7 @@ class Trainer:
         self._check(numbers[0])
         grad_norm = self._update()
         count_step(self.sae, output.codes, self.world)
-        self._move_dead_atoms(share, output.errors)
+        self._move_dead_atoms(share, output)
         self._write_log(numbers[1:], dead, grad_norm)
         self.step += 1
         return self.log[-1]
@@ -198,11 +198,12 @@ class Trainer:
         self.sae.decoder.normalise_()
         return grad_norm
 
-    def _move_dead_atoms(self, share: Samples, errors: Float[Tensor, " share"]) -> None:
+    def _move_dead_atoms(self, share: Samples, output: LossOutput) -> None:
         every, done = self.config.resample_every, self.step + 1
         if every and done % every == 0 and done <= self.config.resample_until * self.config.steps:
             dead = dead_atoms(self.sae, self.config.dead_after)
-            self.resampled += resample(self.sae, self.optimizer, share, errors, dead, self.generator, self.world)
+            what = share, output.errors, dead, self.generator, self.world
+            self.resampled += resample(self.sae, self.optimizer, *what, codes=output.codes)
 
     def _write_log(self, numbers: Float[Tensor, " number"], dead: Tensor, grad_norm: Tensor) -> None:
         last = self.step + 1 == self.config.steps

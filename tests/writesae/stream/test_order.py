@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from writesae.stream.order import Order, generator_of
+from writesae.stream.order import Order, Place, generator_of
 
 sizes = st.integers(1, 30)
 
 
-def order_of(n=7, per=10, batch=8, buffer=30, seed=0, whole=None):
-    return Order(n, per, batch, buffer, seed, whole)
+def order_of(n=7, per=10, batch=8, buffer=30, seed=0):
+    return Order(n, per, batch, buffer, seed)
 
 
 def met(order, number):
@@ -43,16 +43,24 @@ def test_a_block_fits_the_buffer_or_is_as_small_as_a_batch_allows(n, per, batch,
     assert min(order.block_size(block) for block in range(order.n_blocks)) * per >= min(batch, n * per)
 
 
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4), st.integers(1, 60))
-def test_whole_passages_come_once_an_epoch(n, per, whole, buffer):
-    order = order_of(n, per, whole * per, buffer, whole=min(whole, n))
-    total = sum(order.batches_in(block) for block in range(order.n_blocks))
-    seen = []
-    for number in range(total):
-        place = order.place(number)
-        seen += order.passages(place.epoch, place.block)[order.passage_rows(place)].tolist()
-        assert len(order.rows(place)) == min(order.batch_size, order.block_size(place.block) * per)
-    assert len(set(seen)) == len(seen) >= n - order.n_blocks * (order.passages_per_batch - 1)
+@given(sizes, sizes, st.integers(1, 60), st.integers(1, 400))
+def test_whole_passages_go_round_their_block(n, per, batch, buffer):
+    order, count = order_of(n, per, batch, buffer), max(1, batch // per)
+    for block in range(order.n_blocks):
+        size = order.block_size(block)
+        batches = [order.passage_rows(Place(3, block, i), count).tolist() for i in range(order.batches_in(block))]
+        assert all(len(set(batch)) == len(batch) == min(count, size) for batch in batches)
+        assert all(0 <= passage < size for batch in batches for passage in batch)
+        turns = size // min(count, size)
+        for start in range(0, len(batches), turns):
+            once = [passage for batch in batches[start : start + turns] for passage in batch]
+            assert len(set(once)) == len(once)  # none twice in one round
+
+
+def test_rounds_of_whole_passages_differ():
+    order = order_of(n=6, per=10, batch=2, buffer=100)
+    rounds = [[int(order.passage_rows(Place(0, 0, 6 * r + i), 1)) for i in range(6)] for r in range(5)]
+    assert all(sorted(one) == list(range(6)) for one in rounds) and len({tuple(one) for one in rounds}) > 3
 
 
 def test_orders_follow_from_the_seed_and_differ_between_epochs_blocks_and_seeds():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.hooked_recurrent.models import HYBRID, RULES, over_stacks, tiny_model, tokens_of
-from writesae.stream.sources import Described, Source, collect, describe, expand
+from writesae.sae.states import state_samples
+from writesae.stream.sources import Described, Source, collect, describe, expand, joined
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 rules = pytest.mark.parametrize("rule", RULES)
@@ -62,16 +63,62 @@ def test_vectors_of_any_hook():
 
 def test_one_forward_pass_serves_all_sources_and_stops_where_none_is_left(monkeypatch):
     model = tiny_model(HYBRID)
-    sources = [Source(hook(0, "hook_write"), head) for head in range(4)] + [Source(hook(0, "hook_state"), 1)]
-    for source in sources:
-        describe(model, source)
+    sources = [*expand(model, hook(0, "hook_write")), *expand(model, hook(0, "hook_write"), form="net")]
+    sources += [
+        *expand(model, hook(0, "hook_state")),
+        *expand(model, hook(0, "hook_z")),
+        Source("blocks.0.hook_resid_pre"),
+    ]
     runs, above = [], []
     forward = type(model).forward
-    monkeypatch.setattr("writesae.stream.sources._shape_of", lambda model, name: torch.Size([1, 2, 4]))
     monkeypatch.setattr(type(model), "forward", lambda *args, **kw: runs.append(1) or forward(*args, **kw))
     with model.hooks([("blocks.1.hook_resid_pre", lambda x, hook: above.append(1))]):
-        assert set(collect(model, tokens_of(model), sources)) == set(sources)
-    assert len(runs) == 1 and not above
+        assert set(collect(model, tokens_of(model), sources)) == set(sources) and len(sources) == 17
+        assert len(runs) == 1 and not above
+        collect(model, tokens_of(model), [Source("hook_embed")])
+        assert len(runs) == 2 and not above
+        collect(model, tokens_of(model), [Source("hook_embed"), Source("ln_final.hook_normalized")])
+        assert len(runs) == 3 and above
+
+
+def test_heads_and_layers_are_not_mixed_up():
+    model = tiny_model(HYBRID)
+    tokens, every = tokens_of(model), []
+    for name in ("hook_write", "hook_state"):
+        every += expand(model, f"blocks.*.mixer.{name}")
+    every += expand(model, "blocks.*.mixer.hook_write", form="net")
+    together = collect(model, tokens, every)
+    for source in every:
+        alone = collect(model, tokens, [source])[source]
+        assert set(alone) == set(together[source])
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[source][name], tensor, **TIGHT)
+    few = collect(model, tokens, [every[1], every[6]])  # heads 1 of layer 0 and 2 of layer 2
+    assert all(torch.equal(few[s]["key"], together[s]["key"]) for s in few)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_those_of_the_states_that_the_rounded_factors_make(dtype):
+    model = tiny_model(HYBRID)
+    source = Source(hook(2, "hook_state"), 1)
+    record = collect(model, tokens_of(model), [source], dtype=dtype)[source]
+    assert record["key"].dtype == record["value"].dtype == dtype
+    assert record["log_decay"].dtype == record["squared_norm"].dtype == torch.float64
+    wide = {name: tensor.double() for name, tensor in record.items()}
+    norms = state_samples(wide).matrices().square().sum((1, 2))
+    torch.testing.assert_close(record["squared_norm"].flatten(), norms, **TIGHT)
+
+
+def test_records_of_different_numbers_of_terms_are_joined():
+    one, two = (
+        {"key": torch.randn(2, 3, terms, 4), "value": torch.randn(2, 3, terms, 5), "log_decay": torch.randn(2, 3)}
+        for terms in (1, 2)
+    )
+    for parts in ([one, two], [two, one]):
+        whole = joined(parts)
+        assert whole["key"].shape == (4, 3, 2, 4) and whole["log_decay"].shape == (4, 3)
+        apart = [torch.einsum("ptmk,ptmv->ptkv", part["key"], part["value"]) for part in parts]
+        torch.testing.assert_close(torch.einsum("ptmk,ptmv->ptkv", whole["key"], whole["value"]), torch.cat(apart))
 
 
 def test_a_pattern_stands_for_all_layers_and_heads():

@@ -2,14 +2,18 @@
 
 import errno
 import json
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import writesae.stream.store as store_module
 from tests.hooked_recurrent.models import HYBRID, tiny_model, tokens_of
 from writesae.stream import ActivationStore, ActivationStream, Source
 from writesae.stream.sources import collect
+from writesae.stream.store import model_fingerprint
 
 SOURCES = [
     Source("blocks.2.mixer.hook_write", 1),
@@ -62,7 +66,7 @@ def test_a_stream_from_a_store_needs_no_model(tmp_path, model, tokens, cache_byt
 def test_narrow_stores_keep_decays_and_norms_wide(tmp_path, model, tokens):
     record = write(tmp_path / "a", model, tokens, dtype="bfloat16").records(SOURCES, torch.arange(2))[SOURCES[1]]
     assert record["key"].dtype == torch.bfloat16
-    assert record["log_decay"].dtype == torch.float32 and record["squared_norm"].dtype == torch.float64
+    assert record["log_decay"].dtype == record["squared_norm"].dtype == torch.float64
 
 
 def fail_at(monkeypatch, calls, error):
@@ -78,8 +82,15 @@ def fail_at(monkeypatch, calls, error):
     monkeypatch.setattr(store_module, "save_tensors", failing)
 
 
-def test_a_full_disk_keeps_what_is_there_and_writing_goes_on(tmp_path, monkeypatch, model, tokens):
-    fail_at(monkeypatch, 2, OSError(errno.ENOSPC, "No space left on device"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: No space left on device"),  # what safetensors makes of it
+    ],
+)
+def test_a_full_disk_keeps_what_is_there_and_writing_goes_on(tmp_path, monkeypatch, model, tokens, error):
+    fail_at(monkeypatch, 2, error)
     with pytest.raises(OSError, match="No space left on device.*1 of 3 shards are there and whole"):
         write(tmp_path / "a", model, tokens)
     half = ActivationStore.open(tmp_path / "a")
@@ -89,10 +100,28 @@ def test_a_full_disk_keeps_what_is_there_and_writing_goes_on(tmp_path, monkeypat
         half.records(SOURCES, torch.tensor([5]))
     first = (tmp_path / "a" / "shard-00000.safetensors").stat().st_mtime_ns
     runs = []
-    monkeypatch.setattr(store_module, "collect", lambda *args: runs.append(1) or collect(*args))
+    monkeypatch.setattr(store_module, "collect", lambda *args, **kw: runs.append(1) or collect(*args, **kw))
     done = write(tmp_path / "a", model, tokens)
     assert done.complete and len(runs) == 2  # the two shards that were missing
     assert (tmp_path / "a" / "shard-00000.safetensors").stat().st_mtime_ns == first
+
+
+def test_a_system_that_refuses_a_large_file_is_a_full_disk(tmp_path, model, tokens):
+    """Not played: the system itself stops the write in the middle of a shard."""
+    resource = pytest.importorskip("resource")
+    write(tmp_path / "a", model, tokens[:3])  # how long a shard is
+    size = (tmp_path / "a" / "shard-00000.safetensors").stat().st_size
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+        with pytest.raises(OSError, match="could not write shard-00000.safetensors .*0 of 3 shards"):
+            write(tmp_path / "b", model, tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list((tmp_path / "b").iterdir()) == []
+    assert write(tmp_path / "b", model, tokens).complete
 
 
 def test_a_kill_between_shard_and_manifest_only_costs_that_shard(tmp_path, monkeypatch, model, tokens):
@@ -101,8 +130,10 @@ def test_a_kill_between_shard_and_manifest_only_costs_that_shard(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a", model, tokens)
     monkeypatch.setattr(store_module, "write_text", real)
+    left = tmp_path / "a" / ".shard-00001.safetensors.abc"  # a kill in the middle of a shard
+    left.mkdir()
     assert write(tmp_path / "a", model, tokens).complete
-    assert ActivationStore.open(tmp_path / "a").complete
+    assert ActivationStore.open(tmp_path / "a").complete and not left.exists()
 
 
 def test_a_truncated_or_missing_shard_is_named(tmp_path, model, tokens):
@@ -120,6 +151,73 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path, model, tokens):
     shard.write_bytes(whole[:100])  # while a run is going on
     with pytest.raises(ValueError, match="damaged, truncated or gone"):
         store.records(SOURCES, torch.tensor([4]))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_of_a_damaged_store_only_the_damaged_shard_is_made_again(tmp_path, monkeypatch, model, tokens, number):
+    before = write(tmp_path / "a", model, tokens).records(SOURCES, torch.arange(7))
+    shard = tmp_path / "a" / f"shard-0000{number}.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="makes it again and leaves the others as they are"):
+        ActivationStore.open(tmp_path / "a")
+    fail_at(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="2 of 3 shards are there and whole"):
+        write(tmp_path / "a", model, tokens)
+    runs = []
+    monkeypatch.setattr(store_module, "collect", lambda *args, **kw: runs.append(1) or collect(*args, **kw))
+    after = write(tmp_path / "a", model, tokens).records(SOURCES, torch.arange(7))
+    assert len(runs) == 1 and ActivationStore.open(tmp_path / "a").complete
+    assert all(torch.equal(after[s][name], tensor) for s, record in before.items() for name, tensor in record.items())
+
+
+def test_a_finished_store_is_reused(tmp_path, monkeypatch, model, tokens):
+    write(tmp_path / "a", model, tokens)
+    monkeypatch.setattr(store_module, "collect", None)
+    assert write(tmp_path / "a", model, tokens).complete
+
+
+def test_a_stream_refuses_a_store_of_other_tokens_or_an_unfinished_one(tmp_path, monkeypatch, model, tokens):
+    store = write(tmp_path / "a", model, tokens)
+    with pytest.raises(ValueError, match="records of other tokens"):
+        ActivationStream(store, tokens.flip(0), SOURCES)
+    with pytest.raises(ValueError, match="records of other tokens"):
+        ActivationStream(store, tokens[:3], SOURCES)
+    fail_at(monkeypatch, 2, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError):
+        write(tmp_path / "b", model, tokens)
+    with pytest.raises(ValueError, match="not finished: 3 of 7 passages"):
+        ActivationStream(ActivationStore.open(tmp_path / "b"), tokens, SOURCES)
+
+
+def test_a_stream_narrower_than_its_store_has_the_norms_of_its_own_states(tmp_path, model, tokens):
+    store = write(tmp_path / "a", model, tokens)
+    batch = ActivationStream(store, tokens, SOURCES, dtype=torch.bfloat16).batch(0)[SOURCES[1]]
+    exact = batch.to(dtype=torch.float64)
+    torch.testing.assert_close(exact.squared_norms(), exact.matrices().square().sum((1, 2)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_bad_number_stops_the_writing_and_is_found_at_its_passage(tmp_path, monkeypatch, model, tokens):
+    def spoiled(model, rows, sources, **options):
+        if options["numbers"].tolist() == [4, 5]:
+            with model.hooks([("blocks.2.mixer.hook_write_key", lambda x, hook: x / 0)]):
+                return collect(model, rows, sources, **options)
+        return collect(model, rows, sources, **options)
+
+    monkeypatch.setattr(store_module, "collect", spoiled)
+    with pytest.raises(ValueError, match=r"hook_write_key .*row 0 \(the rows are passages 4, 5\)"):
+        write(tmp_path / "a", model, tokens, passages_per_shard=4, passages_per_forward=2)
+    assert ActivationStore.open(tmp_path / "a").n_passages == 4
+
+
+def test_the_fingerprint_tells_models_apart(model):
+    assert model_fingerprint(model) == model_fingerprint(tiny_model(HYBRID))
+    others = [tiny_model(HYBRID, seed=1), tiny_model(HYBRID, dtype=torch.float32), tiny_model(HYBRID, tied=False)]
+    eps = tiny_model(HYBRID)
+    eps.cfg = replace(eps.cfg, norm_eps=1e-3)
+    named = tiny_model(HYBRID)
+    named.cfg = replace(named.cfg, model_name="x")
+    prints = [model_fingerprint(one) for one in (model, *others, eps)]
+    assert len(set(prints)) == 5 and model_fingerprint(named) == prints[0]
 
 
 def test_a_store_is_reused_only_for_what_it_holds(tmp_path, model, tokens):

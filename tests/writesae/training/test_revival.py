@@ -127,3 +127,30 @@ def test_resampling_a_wholly_dead_dictionary_works():
     generator = torch.Generator().manual_seed(0)
     assert resample(sae, trained_once(sae), Factored(key, value), torch.ones(9).double(), everything, generator) == 9
     assert all(torch.isfinite(parameter).all() for parameter in sae.parameters())
+
+
+@pytest.mark.parametrize("decoder", ["outer_product", "dense"])
+def test_an_atom_moves_onto_what_is_left_of_a_sum(decoder):
+    """The larger term of every sample has an atom already; the dead one must get the smaller."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.nn.functional.normalize(torch.randn(1, 2, 6, generator=generator), dim=-1) for _ in range(2))
+    samples = Factored(key, value * torch.tensor([3.0, 1.0])[:, None])
+    sae = WriteSAE(WriteSAEConfig(d_k=6, d_v=6, n_atoms=2, k=1, decoder=decoder))
+    found = (key[0, :1].T @ value[0, :1], key[0, 1:].T @ value[0, 1:])
+    with torch.no_grad():
+        if decoder == "dense":
+            sae.decoder.atoms[0] = found[0]
+        else:
+            sae.key_atoms[0], sae.value_atoms[0] = key[0, :1], value[0, :1]
+    codes = Codes(torch.tensor([[0]]), torch.tensor([[3.0]]))
+    dead = torch.tensor([False, True])
+    optimizer = torch.optim.Adam(sae.parameters())
+    resample(sae, optimizer, samples, torch.ones(1), dead, generator, codes=codes)
+    cosine = (sae.atom(1).AB * found[1]).sum() / sae.atom(1).AB.norm()
+    assert cosine > 1 - 1e-5
+    # Without the code, or for single outer products, it is the sample itself.
+    resample(sae, optimizer, samples, torch.ones(1), dead, generator)
+    assert (sae.atom(1).AB * found[0]).sum() > 0.8
+    single = Factored(key[:, 0], value[:, 0])
+    resample(sae, optimizer, single, torch.ones(1), dead, generator, codes=codes)
+    torch.testing.assert_close(sae.atom(1).AB.abs(), found[0].abs(), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from hooked_recurrent.scan.kernels.variants import BACKENDS, RULES, Case, Variant, registered, variants_of
 
-PACKAGES = ("hooked_recurrent.scan.kernels", "hooked_recurrent.layers")
+PACKAGES = ("hooked_recurrent.scan.kernels", "hooked_recurrent.layers", "writesae.sae.kernels")
 CASE = Case("mamba2", 16, 32, "bfloat16", "cuda")
 
 
