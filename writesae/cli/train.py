@@ -35,7 +35,8 @@ def train(
         typer.Option(help="Also log to 'tensorboard', 'wandb' or 'trackio'; may be given several times."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where model and dictionaries are; by default a GPU if there is one, else the CPU.")
+        str | None,
+        typer.Option(help="Where model and dictionaries are; by default a GPU if there is one, else the CPU."),
     ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints (500).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
