@@ -34,6 +34,10 @@ def train(
         list[str] | None,
         typer.Option(help="Also log to 'tensorboard', 'wandb' or 'trackio'; may be given several times."),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where model and dictionaries are; by default a GPU if there is one, else the CPU."),
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints (500).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
     cache: Annotated[
@@ -74,7 +78,7 @@ def train(
             return
         if out is None:
             raise ValueError("give the run a folder: --out FOLDER")
-        _run(plan, out, as_json, cache=cache, resume=resume, shard=shard)
+        _run(plan, out, as_json, device, cache=cache, resume=resume, shard=shard)
 
 
 def _print_plan(plan: "RunPlan", as_json: bool) -> None:
@@ -87,13 +91,15 @@ def _print_plan(plan: "RunPlan", as_json: bool) -> None:
         typer.echo(yaml.safe_dump(resolved, sort_keys=False), nl=False)
 
 
-def _run(plan: "RunPlan", out: Path, as_json: bool, **options: Any) -> None:
+def _run(plan: "RunPlan", out: Path, as_json: bool, device: str | None, **options: Any) -> None:
+    import torch
+
     from writesae.parallel import World
     from writesae.training.folder import RunFolder
     from writesae.training.launch import launch
 
     world = World.current()
-    loaded = load_model(plan.model)
+    loaded = load_model(plan.model).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with progress(world.is_main) as bars:
         latest: dict[str, dict[str, int | float]] = {}
 

@@ -257,8 +257,7 @@ def train_many(
 
     Args:
         model: the language model, which stays as it is.
-        jobs: what to train; each result is what the job gives when it is trained alone (but beside states, which come by
-            whole passages, writes and vectors are drawn in another order).
+        jobs: what to train; each result is what the job gives when it is trained alone.
         tokens: passages to stream; `Passages` also leave their split and fingerprint in the provenance.
         heldout: passages that are only measured, at the end.
         config: how to train, the same for every job.

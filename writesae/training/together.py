@@ -12,8 +12,7 @@ def anyone(flag: bool, world: World) -> bool:
     """Whether the flag is up in any process; all of them call it."""
     if world.size == 1:
         return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(world.max_(torch.tensor(int(flag), device=device)))
+    return bool(world.max_(torch.tensor(int(flag))))
 
 
 def merged(own: dict[str, Any], world: World) -> dict[str, Any]:

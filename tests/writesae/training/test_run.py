@@ -152,6 +152,17 @@ def test_every_kind_of_source_goes_on_bit_for_bit(tmp_path, fields):
     ]  # fmt: skip
 
 
+def test_each_kind_gets_what_it_gets_alone():
+    """States come by whole passages; what is trained beside them does not notice, whether all of it fits or not."""
+    chosen = config(steps=6, batch_size=64, save_every=0)
+    together = weights(run(kinds(), config=chosen))
+    small = config(steps=6, batch_size=64, save_every=0, cache_bytes=12000)
+    for job in kinds():
+        own = {name: tensor for name, tensor in together.items() if name.startswith(f"{job.name}/")}
+        assert distance(weights(run([job], config=chosen)), own) == 0.0
+        assert distance(weights(run([job], config=small)), own) == 0.0
+
+
 def test_a_store_serves_as_the_model_does(tmp_path, uninterrupted):
     model = tiny_model()
     sources = list(dict.fromkeys(job.source for job in jobs()))
