@@ -93,7 +93,7 @@ def test_sides_that_disagree_are_not_timed(benchmark, monkeypatch):
         benchmark.steps_at(6, quick=True)
 
 
-@pytest.mark.skipif(not sae_sides.has_sae_lens(), reason="sae_lens needs an environment of its own")
+@pytest.mark.sae_lens
 def test_sae_lens_computes_the_loss_of_the_same_dictionary():
     sae, batch = sae_sides.dictionary(12, 40, 4), sae_sides.writes(12, 16)
     step, before = sae_sides.sae_lens_step(sae, batch.matrices())

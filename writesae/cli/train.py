@@ -26,9 +26,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Samples per step (256).")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate after the warm-up (0.005).")] = None,
     precision: Annotated[str | None, typer.Option(help="'float32', or 'bfloat16' for the scores.")] = None,
-    passages: Annotated[
-        int | None, typer.Option(help="Passages of the standard library's training files (1200).")
+    text: Annotated[
+        Path | None, typer.Option(help="A folder of text files (*.txt); by default the Python standard library.")
     ] = None,
+    passages: Annotated[int | None, typer.Option(help="Passages of training files (1200).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per passage (256).")] = None,
     log_to: Annotated[
         list[str] | None,
@@ -67,7 +68,12 @@ def train(
         },
         **{"training.steps": steps, "training.batch_size": batch_size, "training.lr": lr, "training.seed": seed},
         **{"training.precision": precision, "training.save_every": save_every, "training.log_to": log_to},
-        **{"text.passages": passages, "text.length": length, "text.seed": seed},
+        **{
+            "text.folder": None if text is None else str(text),
+            "text.passages": passages,
+            "text.length": length,
+            "text.seed": seed,
+        },
     }
     with plain_errors():
         from writesae.training.plan import RunPlan, overridden, read_plan

@@ -8,13 +8,14 @@ by the file's name (`hooked_recurrent.zoo.corpus`).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_recurrent.zoo.corpus import SourceFile, fingerprint
+from hooked_recurrent.zoo.corpus import SourceFile, fingerprint, split_of
 
 _CANDIDATES = 4  # passages cut for each that is kept, so that the kept ones come from many files
 
@@ -54,6 +55,34 @@ class Passages:
             "length": int(self.tokens.shape[1]),
             "seed": self.seed,
         }
+
+
+def text_folder(folder: str | Path, split: str, pattern: str = "*.txt") -> list[SourceFile]:
+    """The text files in or below a folder that are on one side of the split, in name order.
+
+    About one file in ten is "heldout", by the same hash of its name as in `hooked_recurrent.zoo.corpus`, so a file keeps its
+    side whatever else lies beside it.
+
+    Raises:
+        ValueError: no such folder, no file of that pattern, none on that side, or one that is not UTF-8.
+    """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob(pattern) if path.is_file()) if folder.is_dir() else []
+    if not paths:
+        raise ValueError(f"no files {pattern!r} in {str(folder)!r}{'' if folder.is_dir() else ', which is no folder'}")
+    files = []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if split_of(name) == split:
+            try:
+                files.append(SourceFile(name, path.read_text(encoding="utf-8")))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{str(path)!r} is not UTF-8 text: {error}") from None
+    if not files:
+        raise ValueError(
+            f"none of the {len(paths)} files {pattern!r} in {str(folder)!r} is on the {split} side of the split"
+        )
+    return files
 
 
 def start_token(tokenizer: Any) -> int:

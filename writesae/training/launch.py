@@ -6,7 +6,7 @@ from pathlib import Path
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.zoo.corpus import standard_library
 from writesae.parallel import World
-from writesae.stream.corpus import Passages, passages
+from writesae.stream.corpus import Passages, passages, text_folder
 from writesae.stream.sources import Source, describe
 from writesae.stream.store import ActivationStore
 from writesae.training.jobs import Job, Line, TrainResult
@@ -91,5 +91,6 @@ def write_cache(
 
 
 def _cut(model: HookedRecurrentModel, plan: RunPlan, split: str, count: int) -> Passages:
-    files = standard_library(split)
+    folder = plan.text.folder
+    files = standard_library(split) if folder is None else text_folder(folder, split, plan.text.pattern)
     return passages(files, model, plan.text.length, split=split, max_passages=count, seed=plan.text.seed)

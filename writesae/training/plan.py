@@ -33,8 +33,12 @@ TRAINING: dict[str, Any] = {"steps": 3000}
 
 @dataclass(frozen=True)
 class TextPlan(StrictConfig):
-    """Which text is read: files of the Python standard library, split by file."""
+    """Which text is read, split by file: files of a folder, or of the Python standard library."""
 
+    folder: str | None = None
+    """Folder of text files; the running interpreter's standard library where it is left out."""
+    pattern: str = "*.txt"
+    """Which files in or below that folder."""
     passages: int = 1200
     """Passages of training files."""
     length: int = 256

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hooked_recurrent.zoo.corpus import SourceFile, fingerprint
-from writesae.stream.corpus import passages, start_token
+from writesae.stream.corpus import passages, start_token, text_folder
 
 
 class Letters:
@@ -89,3 +89,34 @@ def test_the_start_token_is_bos_or_else_eos():
 def test_bad_inputs_give_one_clear_error(arguments, word):
     with pytest.raises(ValueError, match=word):
         passages(**{"files": FILES, "tokenizer": Letters(), "length": 5, "split": "train", **arguments})
+
+
+def test_a_folder_of_texts_is_split_by_the_names_of_its_files(tmp_path):
+    for number in range(40):
+        path = tmp_path / f"part{number % 2}" / f"{number}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"text {number}", encoding="utf-8")
+    (tmp_path / "other.md").write_text("no", encoding="utf-8")
+    train, heldout = (text_folder(tmp_path, split) for split in ("train", "heldout"))
+    assert len(train) + len(heldout) == 40 and 0 < len(heldout) < 12
+    assert [file.name for file in train] == sorted(file.name for file in train)
+    assert all(file.text == f"text {file.name.split('/')[1].removesuffix('.txt')}" for file in [*train, *heldout])
+    (tmp_path / "part0" / heldout[0].name.split("/")[1]).unlink(missing_ok=True)
+    assert [file.name for file in text_folder(tmp_path, "train")] == [file.name for file in train]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "split", "word"),
+    [
+        ("*.txt", "train", "not UTF-8"),
+        ("*.tex", "train", r"no files '\*.tex'"),
+        ("a.md", "heldout", "none of the 1 files"),
+    ],
+)
+def test_folders_without_text_are_clear_errors(tmp_path, pattern, split, word):
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "a.md").write_text("x", encoding="utf-8")
+    with pytest.raises(ValueError, match=word):
+        text_folder(tmp_path, split, pattern)
+    with pytest.raises(ValueError, match="which is no folder"):
+        text_folder(tmp_path / "nowhere", "train")

@@ -5,7 +5,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from writesae.cli import app
@@ -16,7 +15,6 @@ BLOCK = re.compile(r"```(python|sh|yaml)\n(.*?)```", re.DOTALL)
 
 
 def test_the_blocks_run(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for language, block in BLOCK.findall(PAGE.read_text(encoding="utf-8")):

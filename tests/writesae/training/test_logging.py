@@ -5,6 +5,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from writesae.training.logging import open_logs
 
@@ -35,12 +36,11 @@ def test_no_folder_no_files():
 
 
 def test_tensorboard_has_every_number(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, board = opened(("tensorboard",), tmp_path, {"a": [], "b": []})
     for step in (0, 10):
         board.write("a", {"step": step, "loss": 1.0 / (step + 1), "fvu": 0.25})
     board.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "a")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "a")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (10, pytest.approx(1 / 11))]
     assert set(events.Tags()["scalars"]) == {"loss", "fvu"} and not (tmp_path / "tensorboard" / "b").exists()
 
