@@ -101,7 +101,7 @@ class OuterProductAtoms(nn.Module):
 
     def _inner_at_terms(self, samples: Samples, indices: Tensor) -> Tensor:
         rows, at = self.rows, term_rows(indices, self.rank)
-        if kernels.use_triton(*rows):
+        if not samples.meets_vectors or kernels.use_triton(*rows):
             return samples.inner_with_at(rows, at)
         return samples.inner_with(*self.factors_at(indices), rows, at)
 
@@ -110,7 +110,7 @@ class OuterProductAtoms(nn.Module):
     ) -> Float[Tensor, "batch level"]:
         """|X - sum_i c_i A_i|^2 of every sample and level of coefficients."""
         coefficients, rows, at = self.per_term(coefficients), self.rows, term_rows(indices, self.rank)
-        if kernels.use_triton(*rows):
+        if not samples.meets_vectors or kernels.use_triton(*rows):
             return samples.squared_errors_at(coefficients, rows, at)
         return samples.squared_errors(coefficients, *self.factors_at(indices), rows, at)
 

@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from writesae.sae import kernels
 
+_GATHERED = 256  # samples whose rows are gathered at once where no one keeps them
 _GRAM_ADVANTAGE = 4  # how many times the matrix's own multiplications the Gram matrices may take before they lose
 
 
@@ -90,14 +92,28 @@ def squared_norms_at(
     rows: tuple[Float[Tensor, "row d_k"], Float[Tensor, "row d_v"]],
     indices: Int[Tensor, "batch term"],
 ) -> Float[Tensor, "batch level"]:
-    """|sum_j c_j l_j r_j^T|^2 of every level, by kernels, where `kernels.use_triton(*rows)`."""
+    """|sum_j c_j l_j r_j^T|^2 of every level, where l and r are chosen rows that no one has gathered yet.
+
+    By kernels, where `kernels.use_triton(*rows)`; else gathered a block of samples at a time, once more in the backward pass,
+    so that a passage of thousands of states never holds more gathered vectors than a batch of writes does.
+    """
     (d_k, d_v), count = (side.shape[1] for side in rows), len(indices)
+    if not kernels.use_triton(*rows):
+        # Rows that are frozen now must still be when they are gathered again, whatever has happened to their parameter.
+        sides = [side if side.requires_grad else side.detach() for side in rows]
+        blocks = zip(coefficients.split(_GATHERED), indices.split(_GATHERED), strict=True)
+        return torch.cat([checkpoint(_gathered_norms, *block, *sides, use_reentrant=False) for block in blocks])
     if matrix_is_cheaper(indices.shape[1], d_k, d_v):
         levels = [kernels.decode_at(level, *rows, indices).square().sum((1, 2)) for level in coefficients.unbind(1)]
         return torch.stack(levels, dim=1).type_as(coefficients)
     nothing = (side.new_zeros(count, 0, side.shape[1]) for side in rows)
     none = coefficients.new_zeros(*coefficients.shape[:2], 0)
     return kernels.squared_norm_at(coefficients, *rows, indices, *nothing, none).type_as(coefficients)
+
+
+def _gathered_norms(coefficients: Tensor, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    gathered = (side.index_select(0, indices.reshape(-1)).view(*indices.shape, -1) for side in (left, right))
+    return squared_norm_of_sum(coefficients, *gathered)
 
 
 def inner_with_sum(

@@ -46,6 +46,8 @@ class Samples(ABC):
 
     d_k: int
     d_v: int
+    meets_vectors = True
+    """Whether the samples are best asked with vectors gathered for each of them, rather than with rows for all."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -137,13 +139,13 @@ class Samples(ABC):
         return self.squared_norms()[:, None] - 2 * crossed + squared_norm_of_sum(coefficients, left, right)
 
     def inner_with_at(self, rows: Sides, indices: Int[Tensor, "sample term"]) -> Float[Tensor, "sample term"]:
-        """`inner_with` of rows that no one has gathered, by kernels, where `kernels.use_triton(*rows)`."""
+        """`inner_with` of rows that no one has gathered."""
         return self.inner_at(*rows, self.inner(*rows), indices)
 
     def squared_errors_at(
         self, coefficients: Float[Tensor, "sample level term"], rows: Sides, indices: Int[Tensor, "sample term"]
     ) -> Float[Tensor, "sample level"]:
-        """`squared_errors` by rows that no one has gathered, by kernels, where `kernels.use_triton(*rows)`."""
+        """`squared_errors` by rows that no one has gathered."""
         crossed = (coefficients * self.inner_with_at(rows, indices)[:, None]).sum(2)
         return self.squared_norms()[:, None] - 2 * crossed + squared_norms_at(coefficients, rows, indices)
 

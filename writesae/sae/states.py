@@ -29,6 +29,8 @@ class StateSequences(Samples):
     Every passage starts from an empty memory.
     """
 
+    meets_vectors = False
+
     def __init__(
         self,
         log_decay: Float[Tensor, "..."],

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+import writesae.sae.factored as factored
 from writesae.sae.factored import bilinear_at, inner_with_sum, pairs_by_row, squared_norm_of_sum, sum_outer_at
 
 
@@ -38,6 +39,22 @@ def test_squared_norm_of_sum_gradients(monkeypatch, levels, advantage):
     assert gradcheck(squared_norm_of_sum, inputs)
     frozen = [inputs[0], inputs[1].detach(), inputs[2]]
     assert gradcheck(squared_norm_of_sum, frozen)
+
+
+def test_rows_are_gathered_a_few_samples_at_a_time_and_again_on_the_way_back(monkeypatch):
+    monkeypatch.setattr(factored, "_GATHERED", 3)
+    gathered, seen = factored._gathered_norms, []
+    monkeypatch.setattr(factored, "_gathered_norms", lambda c, i, *rows: seen.append(len(i)) or gathered(c, i, *rows))
+    tables, coefficients = [random(7, 5), random(7, 4, seed=1)], random(8, 2, 4, seed=2)
+    indices = torch.randint(7, (8, 4), generator=torch.Generator().manual_seed(0))
+    inputs = [tensor.requires_grad_() for tensor in (coefficients, *tables)]
+    whole = squared_norm_of_sum(inputs[0], *(side[indices] for side in inputs[1:]))
+    in_parts = factored.squared_norms_at(inputs[0], tuple(inputs[1:]), indices)
+    torch.testing.assert_close(in_parts, whole, rtol=1e-12, atol=1e-12)
+    expected, found = (torch.autograd.grad(way.square().sum(), inputs) for way in (whole, in_parts))
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    assert sorted(seen) == [2, 2, 3, 3, 3, 3]
 
 
 def test_inner_with_sum_is_that_of_the_matrices():
