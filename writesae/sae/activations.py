@@ -14,6 +14,7 @@ without gradient, and `apply` turns the chosen scores into coefficients. Scores 
 Sparsity that is not counted out has to be paid for: `penalty` is what a training step adds to the loss.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ def above(margins: Float[Tensor, "batch n_atoms"]) -> Choice:
     return Choice(indices, margins.gather(1, indices) > 0)
 
 
-class Activation(nn.Module):
+class Activation(nn.Module, ABC):
     """Base of the sparsifiers. `biased` says whether the encoder adds a bias of its own."""
 
     biased = True
@@ -78,9 +79,9 @@ class Activation(nn.Module):
         super().__init__()
         self.k, self.bandwidth, self.sparsity = config.k, config.bandwidth, config.sparsity
 
+    @abstractmethod
     def select(self, scores: Float[Tensor, "batch n_atoms"], training: bool) -> Choice:
         """The atoms that may be active; no gradient. `training` may choose otherwise than inference does."""
-        raise NotImplementedError
 
     def apply(self, chosen_scores: Float[Tensor, "batch chosen"], choice: Choice) -> Float[Tensor, "batch chosen"]:
         """Coefficients of the chosen atoms."""

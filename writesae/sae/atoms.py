@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
+import writesae.sae.kernels as kernels
 from writesae.config import WriteSAEConfig
-from writesae.sae import kernels
 from writesae.sae.factored import inner_with_sum, squared_norm_of_sum, squared_norms_at
 from writesae.sae.samples import Samples
 

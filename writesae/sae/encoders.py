@@ -9,6 +9,7 @@ The bilinear factors are untied from the decoder's, so an atom may listen for so
 out equal. All atoms are scored to find the active ones; only these get a gradient.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Scores:
     """The inner products that they are made of."""
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Base: an optional bias per atom. `biased=False` leaves biases to the sparsifier."""
 
     bias: nn.Parameter | None
@@ -45,24 +46,25 @@ class Encoder(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(n_atoms)) if biased else None
 
+    @abstractmethod
     def inner(self, samples: Samples) -> tuple[Float[Tensor, "sample n_atoms"], Inner]:
         """Scores without bias and without gradient, and what they are made of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inner_at(
         self, indices: Int[Tensor, "sample chosen"], samples: Samples, inner: Inner
     ) -> Float[Tensor, "sample chosen"]:
         """Scores of the chosen atoms without bias, with gradients at the cost of the chosen atoms."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_matrix(self, matrix: Float[Tensor, "d_k d_v"]) -> Float[Tensor, " n_atoms"]:
         """Scores of one matrix, without bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def amplify_(self, factor: Float[Tensor, ""]) -> bool:
         """Multiply every score by a positive factor; False where the encoder cannot (its factors are the decoder's)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def point_(
         self,
         atoms: Int[Tensor, " chosen"],
@@ -72,7 +74,6 @@ class Encoder(nn.Module):
         shrink: float,
     ) -> None:
         """Point the chosen atoms at the given samples, at `shrink` times the mean length of the living."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def project(self, samples: Samples) -> Scores:

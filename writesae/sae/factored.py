@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from writesae.sae import kernels
+import writesae.sae.kernels as kernels
 
 _GATHERED = 256  # samples whose rows are gathered at once where no one keeps them
 _GRAM_ADVANTAGE = 4  # how many times the matrix's own multiplications the Gram matrices may take before they lose

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.sae import kernels
+import writesae.sae.kernels as kernels
 from writesae.sae.factored import (
     bilinear_at,
     inner_with_sum,

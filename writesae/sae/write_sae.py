@@ -335,7 +335,9 @@ class WriteSAE(nn.Module):
 
     # --- the hub (writesae/interop/hub.py) ------------------------------------------------------------------------
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **more: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, **more: Any
+    ) -> str:
         """Upload the dictionary with a generated card to "owner/name"; `writesae.interop.hub.push` has the details."""
         from writesae.interop.hub import push
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import writesae.training.checkpoint as checkpoint
 from hooked_recurrent.files import write_text
 from writesae.parallel import World
-from writesae.training import checkpoint
 
 FORMAT_VERSION = 1
 FREE = ("training.save_every", "training.keep", "training.log_to", "training.log_project")

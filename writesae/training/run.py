@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import writesae.training.checkpoint as checkpoint
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.files import write_text
 from writesae.config import TrainConfig, WriteSAEConfig
@@ -26,7 +27,6 @@ from writesae.stream.corpus import Passages
 from writesae.stream.sources import Source
 from writesae.stream.sources import describe as describe_source
 from writesae.stream.store import ActivationStore
-from writesae.training import checkpoint
 from writesae.training.folder import RunFolder
 from writesae.training.interrupt import Interrupt, noted_interrupts
 from writesae.training.jobs import Job, Metrics, Text, TrainResult, Unseen, checked, describe, provenance, tokens_of
