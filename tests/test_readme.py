@@ -10,7 +10,8 @@ README = Path(__file__).parent.parent / "README.md"
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-def test_python_blocks_run(capsys):
+def test_python_blocks_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = README.read_text(encoding="utf-8")
     blocks = PYTHON.findall(text)
     assert blocks

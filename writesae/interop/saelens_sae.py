@@ -14,7 +14,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 
 from writesae.config import WriteSAEConfig
-from writesae.interop.saelens import Flat, flat
+from writesae.interop.flattened import Flat, flat
 from writesae.sae.activations import GATE_TEMPERATURE
 from writesae.sae.write_sae import WriteSAE
 
