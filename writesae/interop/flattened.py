@@ -1,4 +1,4 @@
-"""A dictionary of matrices written out as one of flattened vectors, key-first and row after row, as other libraries have them."""
+"""A dictionary of matrices written out as one of flattened vectors, key-first and row after row, as elsewhere."""
 
 from dataclasses import dataclass
 
