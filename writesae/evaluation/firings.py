@@ -48,8 +48,18 @@ class Firing:
 
 
 def check_cell(model: HookedRecurrentModel, sae: WriteSAE, layer: int, head: int) -> None:
-    """Raise unless (layer, head) is a recurrent cell of the model whose writes have the shape of the SAE's atoms."""
-    cfg = model.cfg
+    """Raise unless (layer, head) is a recurrent cell of the model whose writes the SAE knows and its atoms can replace.
+
+    IndexError for a layer or head without writes; ValueError for atoms of another shape, dense atoms, and a dictionary that
+    was trained on something else than additive writes: its codes of writes would mean nothing.
+    """
+    cfg, origin = model.cfg, sae.provenance
+    hook, form = origin.get("hook") or "hook_write", origin.get("form") or "additive"
+    if not hook.endswith("hook_write") or form != "additive":
+        came = f"{form} writes of {hook}" if hook.endswith("hook_write") else hook
+        raise ValueError(f"the dictionary was trained on {came}; this test needs one of additive writes (hook_write)")
+    if sae.config.decoder == "dense":
+        raise ValueError("the dictionary's atoms are dense matrices; this test puts outer products in a write's place")
     if layer not in cfg.recurrent_layers:
         raise IndexError(f"layer {layer} has no writes: the recurrent layers are {cfg.recurrent_layers}")
     if not 0 <= head < cfg.n_heads:

@@ -11,7 +11,7 @@ Everything is written once for all of them. Samples never need gradients; dictio
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -372,12 +372,3 @@ class Matrices(Samples):
     ) -> Float[Tensor, "sample level"]:
         rebuilt = (kernels.decode_at(level, *rows, indices) for level in coefficients.unbind(1))
         return torch.stack([(self.x - one).square().sum((1, 2)) for one in rebuilt], dim=1).type_as(coefficients)
-
-
-def concatenated(parts: Sequence[Samples]) -> Samples:
-    """Several batches of one kind as one. Raises `ValueError` for none, and for kinds that do not mix."""
-    if parts and all(isinstance(part, Factored) for part in parts):
-        return Factored(torch.cat([part.key for part in parts]), torch.cat([part.value for part in parts]))  # type: ignore[attr-defined]
-    if parts and all(isinstance(part, Matrices) for part in parts):
-        return Matrices(torch.cat([part.x for part in parts]))  # type: ignore[attr-defined]
-    raise ValueError(f"cannot put together samples of the kinds {sorted({type(part).__name__ for part in parts})}")

@@ -8,9 +8,11 @@ import torch
 from hooked_recurrent import WriteEdit
 from tests.hooked_recurrent.models import tiny_model, tokens_of
 from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
+from writesae.config import WriteSAEConfig
 from writesae.evaluation.cells import most_effective, survey
 from writesae.evaluation.contexts import atom_coefficients, top_contexts
 from writesae.evaluation.firings import encode_cell, sample_firings
+from writesae.sae import WriteSAE
 
 
 def test_sample_respects_its_bounds_and_finds_only_real_firings():
@@ -65,3 +67,24 @@ def test_contexts_show_the_strongest_firing_of_each_passage():
         assert context["tokens"][context["firing_index"]] == f"<{int(tokens[passage, context['position']])}>"
         assert context["weights"][context["firing_index"]] == pytest.approx(context["coefficient"])
         assert len(context["tokens"]) == len(context["weights"]) <= 6
+
+
+@pytest.mark.parametrize(
+    ("provenance", "fields", "word"),
+    [
+        ({"hook": "blocks.0.mixer.hook_state"}, {}, "trained on blocks.0.mixer.hook_state; this test needs"),
+        (
+            {"hook": "blocks.0.mixer.hook_write", "form": "net"},
+            {},
+            "trained on net writes of blocks.0.mixer.hook_write",
+        ),
+        ({}, {"decoder": "dense"}, "dense matrices"),
+        ({}, {"d_k": 4}, "atoms are 4 x"),
+    ],
+)
+def test_a_dictionary_of_something_else_is_refused(provenance, fields, word):
+    model = tiny_model()
+    sae = WriteSAE(WriteSAEConfig(**{"d_k": model.cfg.d_k, "d_v": model.cfg.d_v, "n_atoms": 8, "k": 2, **fields}))
+    sae.provenance.update(provenance)
+    with pytest.raises(ValueError, match=word):
+        encode_cell(model, sae, tokens_of(model), 0, 0)
