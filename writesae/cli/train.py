@@ -12,6 +12,20 @@ if TYPE_CHECKING:
     from writesae.training.plan import RunPlan
 
 
+# Options that need more than a line.
+Text = Annotated[
+    Path | None, typer.Option(help="A folder of text files (*.txt); by default the Python standard library.")
+]
+LogTo = Annotated[
+    list[str] | None,
+    typer.Option(help="Also log to 'tensorboard', 'wandb' or 'trackio'; may be given several times."),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Read from this cache on disk (see `writesae cache`), written first where it is missing."),
+]
+
+
 @app.command()
 def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the run: log, checkpoints, dictionaries.")] = None,
@@ -26,25 +40,17 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Samples per step (256).")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate after the warm-up (0.005).")] = None,
     precision: Annotated[str | None, typer.Option(help="'float32', or 'bfloat16' for the scores.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="A folder of text files (*.txt); by default the Python standard library.")
-    ] = None,
+    text: Text = None,
     passages: Annotated[int | None, typer.Option(help="Passages of training files (1200).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per passage (256).")] = None,
-    log_to: Annotated[
-        list[str] | None,
-        typer.Option(help="Also log to 'tensorboard', 'wandb' or 'trackio'; may be given several times."),
-    ] = None,
+    log_to: LogTo = None,
     device: Annotated[
         str | None,
         typer.Option(help="Where model and dictionaries are; by default a GPU if there is one, else the CPU."),
     ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints (500).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (0).")] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Read from this cache on disk (see `writesae cache`), written first where it is missing."),
-    ] = None,
+    cache: Cache = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: split the jobs, not the batches.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
