@@ -147,7 +147,7 @@ class OuterProductAtoms(nn.Module):
         """Every atom as a matrix, without history."""
         return (self.key_atoms.transpose(1, 2) @ self.value_atoms).detach()
 
-    def leading_factors(self, rank: int) -> tuple[Float[Tensor, "n_atoms rank d_k"], Float[Tensor, "n_atoms rank d_v"]]:
+    def leading_factors(self) -> tuple[Float[Tensor, "n_atoms rank d_k"], Float[Tensor, "n_atoms rank d_v"]]:
         """Copies of the factors, for an encoder to start from."""
         return self.key_atoms.detach().clone(), self.value_atoms.detach().clone()
 
@@ -219,12 +219,12 @@ class DenseAtoms(nn.Module):
         super().__init__()
         if config.encoder == "bilinear":
             start = OuterProductAtoms(config, generator)
-            self._start, atoms = start.leading_factors(config.rank), start.matrices()
+            self._start, atoms = start.leading_factors(), start.matrices()
         else:
             atoms = unit_rows(config.n_atoms, config.d_k * config.d_v, generator=generator)
         self.atoms = nn.Parameter(atoms.reshape(config.n_atoms, config.d_k, config.d_v))
 
-    def leading_factors(self, rank: int) -> tuple[Float[Tensor, "n_atoms rank d_k"], Float[Tensor, "n_atoms rank d_v"]]:
+    def leading_factors(self) -> tuple[Float[Tensor, "n_atoms rank d_k"], Float[Tensor, "n_atoms rank d_v"]]:
         """The factors that the atoms started from; handed out once."""
         return self.__dict__.pop("_start")
 

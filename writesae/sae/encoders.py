@@ -116,10 +116,10 @@ def _mean_length(factor: Tensor, alive: Tensor) -> Tensor:
 class BilinearEncoder(Encoder):
     """`key_factors` [n_atoms, rank, d_k], `value_factors` [n_atoms, rank, d_v]."""
 
-    def __init__(self, config: WriteSAEConfig, decoder: Decoder, generator: torch.Generator, biased: bool):
+    def __init__(self, config: WriteSAEConfig, decoder: Decoder, biased: bool):
         super().__init__(config.n_atoms, biased)
         self.rank = config.rank
-        key_atoms, value_atoms = decoder.leading_factors(config.rank)
+        key_atoms, value_atoms = decoder.leading_factors()
         self.key_factors, self.value_factors = nn.Parameter(key_atoms), nn.Parameter(value_atoms)
 
     def inner(self, samples: Samples) -> tuple[Float[Tensor, "sample n_atoms"], Inner]:
@@ -150,7 +150,7 @@ class BilinearEncoder(Encoder):
 class TiedEncoder(Encoder):
     """The decoder's atoms are what it listens for: z_i = <X, A_i> + c_i."""
 
-    def __init__(self, config: WriteSAEConfig, decoder: Decoder, generator: torch.Generator, biased: bool):
+    def __init__(self, config: WriteSAEConfig, decoder: Decoder, biased: bool):
         super().__init__(config.n_atoms, biased)
         self.rank = config.rank
         self._decoder = (decoder,)  # in a tuple, so that its parameters are not registered twice
@@ -198,7 +198,7 @@ class _LinearAt(torch.autograd.Function):
 class LinearEncoder(Encoder):
     """A whole matrix per atom: `weight` [n_atoms, d_k, d_v]. It starts as the decoder's atoms."""
 
-    def __init__(self, config: WriteSAEConfig, decoder: Decoder, generator: torch.Generator, biased: bool):
+    def __init__(self, config: WriteSAEConfig, decoder: Decoder, biased: bool):
         super().__init__(config.n_atoms, biased)
         self.weight = nn.Parameter(decoder.matrices())
 
@@ -225,7 +225,7 @@ class LinearEncoder(Encoder):
         self.weight[atoms] = length * F.normalize(chosen.matrices().flatten(1), dim=1).view_as(self.weight[atoms])
 
 
-ENCODERS: dict[str, Callable[[WriteSAEConfig, Decoder, torch.Generator, bool], Encoder]] = {
+ENCODERS: dict[str, Callable[[WriteSAEConfig, Decoder, bool], Encoder]] = {
     "bilinear": BilinearEncoder,
     "tied": TiedEncoder,
     "linear": LinearEncoder,

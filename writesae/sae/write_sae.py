@@ -78,7 +78,7 @@ class WriteSAE(nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         self.activation = ACTIVATIONS[config.activation](config)
         self.decoder = DECODERS[config.decoder](config, generator)
-        self.encoder = ENCODERS[config.encoder](config, self.decoder, generator, self.activation.biased)
+        self.encoder = ENCODERS[config.encoder](config, self.decoder, self.activation.biased)
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_variance", torch.ones(()))
         self.register_buffer("steps_since_active", torch.zeros(config.n_atoms, dtype=torch.int64))

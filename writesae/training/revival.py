@@ -10,7 +10,7 @@ An atom that never wins a place in a code gets no gradient and stays as it is. T
 - Resampling (Bricken et al. 2023) moves dead atoms onto badly reconstructed samples. For a write these are its own
   factors, k/|k| and v/|v|, which need no decomposition. Of a sum of several outer products (a net write, a state) it is
   the leading singular vectors of what is LEFT of it: those of the sum are mixtures of its terms, most of which have an
-  atom already (docs/recovery.md has what this is worth).
+  atom already.
 """
 
 import torch

@@ -95,7 +95,7 @@ def dense_atoms(encoder="linear"):
 
 def test_dense_atoms_beside_a_bilinear_encoder_start_as_its_outer_products():
     atoms = dense_atoms("bilinear")
-    key, value = atoms.leading_factors(1)
+    key, value = atoms.leading_factors()
     torch.testing.assert_close(torch.einsum("nrk,nrv->nkv", key, value).double(), atoms.matrices())
     assert torch.linalg.matrix_rank(dense_atoms().matrices()).tolist() == [4] * 7
 

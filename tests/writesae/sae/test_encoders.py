@@ -21,7 +21,7 @@ def encoder_of(encoder, decoder, rank, n_atoms=7):
     config = WriteSAEConfig(d_k=5, d_v=4, n_atoms=n_atoms, k=2, rank=rank, encoder=encoder, decoder=decoder)
     generator = torch.Generator().manual_seed(0)
     atoms = DECODERS[decoder](config, generator).double()
-    made = ENCODERS[encoder](config, atoms, generator, biased=True).double()
+    made = ENCODERS[encoder](config, atoms, biased=True).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_()
