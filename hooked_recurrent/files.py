@@ -1,9 +1,12 @@
 """Files that are there whole or not at all: a temporary name beside the file, the bytes on disk, then a rename."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -47,3 +50,18 @@ def tensor_writer(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Ca
     """A writer, for `write_together`, of copies of the tensors: they may share memory, have gaps, or change before it runs."""
     whole = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     return lambda path: save_file(whole, path, metadata=metadata)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: numpy's numbers as Python's, tuples as lists, what is not finite as None."""
+    if isinstance(value, dict):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -88,5 +88,7 @@ def load_model(name: str) -> Any:
 
 
 def print_json(value: object) -> None:
-    """A value on standard output."""
-    typer.echo(json.dumps(value, indent=1))
+    """A value on standard output; what is not finite is null."""
+    from hooked_recurrent.files import plain
+
+    typer.echo(json.dumps(plain(value), indent=1, allow_nan=False))

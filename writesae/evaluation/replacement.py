@@ -27,8 +27,10 @@ from hooked_recurrent import HookedRecurrentModel, RecurrentState, WriteEdit
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.edits import Form
 from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings
+from writesae.evaluation.low_rank import LowRank
+from writesae.evaluation.outputs import compare
 from writesae.evaluation.replacement_result import ReplacementResult
-from writesae.evaluation.substitutes import CONDITIONS, NATIVE, LowRank, Substitutes
+from writesae.evaluation.substitutes import CONDITIONS, NATIVE, Substitutes
 from writesae.sae.write_sae import WriteSAE
 
 READINGS = ("in_recurrence", "cache", "horizon")
@@ -214,26 +216,6 @@ def stack_terms(chosen: list[LowRank]) -> tuple[Float[Tensor, "row term d_k"], F
         return torch.cat([side, side.new_zeros(terms - len(side), side.shape[1])])
 
     return torch.stack([padded(m.key) for m in chosen]), torch.stack([padded(m.value) for m in chosen])
-
-
-def compare(
-    edited: Float[Tensor, "row pos d_vocab"], plain: Float[Tensor, "pos d_vocab"], target: Int[Tensor, " pos"]
-) -> dict[str, Float[Tensor, " row"]]:
-    """What an edit did to the output distribution, averaged over positions: see the keys.
-
-    kl and kl_reverse in nats; flip, the rate at which the most likely token changed; logprob (nats) and rank of the token
-    that truly came next.
-    """
-    after, before = edited.double().log_softmax(-1), plain.double().log_softmax(-1)
-    place = target[None, :, None].expand(len(edited), -1, 1)
-    truth = after.gather(-1, place)
-    return {
-        "kl": (after.exp() * (after - before)).sum(-1).mean(-1),
-        "kl_reverse": (before.exp() * (before - after)).sum(-1).mean(-1),
-        "flip": (after.argmax(-1) != before.argmax(-1)).double().mean(-1),
-        "logprob": truth[..., 0].mean(-1),
-        "rank": (after > truth).sum(-1).double().mean(-1),
-    }
 
 
 def _columns(measured: dict[str, Tensor]) -> dict[str, float]:

@@ -1,14 +1,12 @@
 """The outcome of a replacement test: a table with a row per firing and reading, and its summary."""
 
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hooked_recurrent.files import write_text
+from writesae.evaluation.result import Result
 from writesae.evaluation.statistics import cluster_bootstrap, median_mad, paired_wilcoxon, wilson_interval
 from writesae.evaluation.substitutes import DELETE, NATIVE, POOLS, SCALES
 
@@ -24,24 +22,14 @@ CONTROL_OF = {
 }
 
 
-@dataclass(frozen=True)
-class ReplacementResult:
-    """Every measurement of one cell, with what is needed to run it again."""
+@dataclass(frozen=True, repr=False)
+class ReplacementResult(Result):
+    """Every measurement of one cell.
 
-    table: pd.DataFrame
-    """A row per firing and reading; `kl_{condition}`, `kl_reverse_`, `flip_`, `logprob_`, `rank_` in columns."""
-    layer: int
-    """The cell's layer."""
-    head: int
-    """The cell's head."""
-    config: dict[str, Any]
-    """The ReplacementConfig as plain values."""
-    about: dict[str, Any] = field(default_factory=dict)
-    """Where model, SAE and text came from."""
+    The table has a row per firing and reading; `kl_{condition}`, `kl_reverse_`, `flip_`, `logprob_`, `rank_` in columns.
+    """
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """A copy of the table."""
-        return self.table.copy()
+    kind = "replacement"
 
     def reading(self, reading: str) -> pd.DataFrame:
         """The rows of one reading, a row per firing."""
@@ -82,20 +70,6 @@ class ReplacementResult:
         """Median and largest |KL| of substituting the native write for itself, in nats."""
         values = self.reading(reading)[f"kl_{NATIVE}"].abs()
         return float(values.median()), float(values.max())
-
-    def to_json(self, path: str | Path) -> Path:
-        """Write everything, atomically."""
-        path = Path(path)
-        content = {
-            "layer": self.layer,
-            "head": self.head,
-            "config": self.config,
-            "about": self.about,
-            "summary": self.summary(),
-            "records": json.loads(self.table.to_json(orient="records", double_precision=15)),
-        }
-        write_text(path, json.dumps(content, indent=1))
-        return path
 
     def _summarise(self, reading: str, pool: str, scale: str, n_resamples: int) -> dict[str, Any]:
         rows = self.reading(reading)

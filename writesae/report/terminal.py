@@ -66,7 +66,9 @@ def quality_table(metrics: dict[str, dict[str, float]], title: str = "dictionary
         table.add_column(text, justify="right")
     for name in dict.fromkeys(name for values in metrics.values() for name in values):
         cells = [values.get(name, "") for values in metrics.values()]
-        table.add_row(name.replace("_", " "), *(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
+        table.add_row(
+            name.replace("_", " "), *(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        )
     return table
 
 
@@ -97,3 +99,23 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
         )
         before = row["reading"]
     return table
+
+
+def summary_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Any result's summary: a column per name, numbers to three digits, an interval as low to high."""
+    table = Table(title=title, box=SIMPLE_HEAD)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        words = any(isinstance(row.get(name), str) for row in rows)
+        table.add_column(name.replace("_", " "), justify="left" if words else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return " to ".join(_cell(one) for one in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
