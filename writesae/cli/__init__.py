@@ -8,7 +8,7 @@ writesae models      the models that ship with the package
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, main, train
+from writesae.cli import cache, main, reproduce, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "main", "train"]
+__all__ = ["app", "cache", "main", "reproduce", "train"]
