@@ -6,10 +6,11 @@ writesae cache       keep what they are trained on on disk, and list what is the
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae population  the same over many atoms, atom by atom
 writesae models      the models that ship with the package
+writesae partition   which atoms look like one native write, and whether there are two kinds
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, main, population, reproduce, train
+from writesae.cli import cache, main, partition, population, reproduce, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "main", "population", "reproduce", "train"]
+__all__ = ["app", "cache", "main", "partition", "population", "reproduce", "train"]
