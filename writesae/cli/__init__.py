@@ -5,11 +5,12 @@ writesae train       learn dictionaries, of one head or of many, from flags or a
 writesae cache       keep what they are trained on on disk, and list what is there
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae population  the same over many atoms, atom by atom
+writesae passage-test  leave out every write that some atoms stand for
 writesae models      the models that ship with the package
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, main, population, train
+from writesae.cli import cache, main, passage_test, population, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "main", "population", "train"]
+__all__ = ["app", "cache", "main", "passage_test", "population", "train"]
