@@ -23,9 +23,9 @@ def replacement_figure(rows: Sequence[Row]) -> Figure:
     readings = list(dict.fromkeys(row["reading"] for row in rows))
     headline = [row for row in rows if (row["pool"], row["scale"]) == ("dominant", "coef")]
     for number, (name, (colour, marker)) in enumerate(_STYLES.items()):
-        x = np.arange(len(headline)) + 0.18 * (number - 1)
+        places = np.arange(len(headline)) + 0.18 * (number - 1)
         medians, errors = ([row[f"{what}_kl_{name}"] for row in headline] for what in ("median", "error"))
-        left.errorbar(x, medians, errors, fmt=marker, color=colour, label=name, capsize=2)
+        left.errorbar(places, medians, errors, fmt=marker, color=colour, label=name, capsize=2)
     for x, row in enumerate(headline):
         if row["floor_max"] > 0:
             left.hlines(row["floor_max"], x - 0.35, x + 0.35, color=MUTED, linestyle=":", label="" if x else "floor")
