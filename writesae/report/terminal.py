@@ -115,6 +115,15 @@ def summary_table(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
+def claims_table(claims: list[dict[str, Any]]) -> Table:
+    """Which way effects point: a row per claim, those that fail in red."""
+    table = Table("step", "claim", "measured", "", title="effects and their directions", box=SIMPLE_HEAD)
+    for claim in claims:
+        verdict = "yes" if claim["certain"] else "yes, by the estimate" if claim["holds"] else "no"
+        table.add_row(claim["step"], claim["text"], claim["measured"], verdict, style=None if claim["holds"] else "red")
+    return table
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
