@@ -69,7 +69,9 @@ class LogitShiftConfig(StrictConfig):
         if self.cells is not None:
             object.__setattr__(self, "cells", tuple((int(layer), int(head)) for layer, head in self.cells))
         if self.random_atoms < 0 or not self.horizons or min(self.horizons) < 0:
-            raise ValueError(f"{name} needs random_atoms >= 0 and horizons >= 0, got {self.random_atoms}, {self.horizons}")
+            raise ValueError(
+                f"{name} needs random_atoms >= 0 and horizons >= 0, got {self.random_atoms}, {self.horizons}"
+            )
         for fraction in self.fractions:
             require_positive(name, fractions=fraction)
         for predictor in self.predictors:
@@ -89,7 +91,7 @@ def logit_shift(
     config: LogitShiftConfig | None = None,
     on_progress: Told | None = None,
 ) -> LogitShiftResult:
-    """Predict and measure the shifts of logits that adding atoms to single writes makes (WriteSAE, arXiv:2605.12770, section 3).
+    """Predict and measure how adding atoms to single writes shifts logits (WriteSAE, arXiv:2605.12770, section 3).
 
     Args:
         model: any HookedRecurrentModel.
@@ -189,7 +191,9 @@ class _Test:
         for firing in firings:
             silent = torch.ones(self.sae.config.n_atoms, dtype=torch.bool)
             codes = self.writes.codes
-            silent[codes.indices[firing.passage, firing.position][codes.active[firing.passage, firing.position]]] = False
+            silent[codes.indices[firing.passage, firing.position][codes.active[firing.passage, firing.position]]] = (
+                False
+            )
             here: dict[Cell, list[tuple[int, Tensor, Tensor]]] = {}
             for cell in self.cells:
                 if cell == self.own:
@@ -237,9 +241,17 @@ class _Test:
         which = {"horizon": targets.horizon.tolist(), "rank": targets.rank.tolist(), "token": targets.token.tolist()}
         rows = []
         for index, edit in enumerate(planned):
-            shared = {"passage": firing.passage, "position": firing.position, "layer": edit.cell[0], "head": edit.cell[1]}
-            shared |= {"atom": edit.atom, "source": edit.source, "size": edit.size, "amplitude": edit.amplitude}
-            shared |= {"fraction": edit.amplitude / context.write_norm(edit.cell)}
+            shared: dict[str, Any] = {
+                "passage": firing.passage,
+                "position": firing.position,
+                "layer": edit.cell[0],
+                "head": edit.cell[1],
+                "atom": edit.atom,
+                "source": edit.source,
+                "size": edit.size,
+                "amplitude": edit.amplitude,
+                "fraction": edit.amplitude / context.write_norm(edit.cell),
+            }
             for row, kind in enumerate(targets.kind):
                 target = {name: values[row] for name, values in which.items()} | {"tokens": kind}
                 made = {name: float(values[index, row]) for name, values in predicted.items()}

@@ -45,9 +45,7 @@ class Targets:
         return logits[:, self.horizon, self.token]
 
     @staticmethod
-    def choose(
-        logits: Float[Tensor, "pos d_vocab"], horizons: Sequence[int], top: int, tail_rank: int
-    ) -> "Targets":
+    def choose(logits: Float[Tensor, "pos d_vocab"], horizons: Sequence[int], top: int, tail_rank: int) -> "Targets":
         """At every horizon the `top` most likely tokens, and the one of rank `tail_rank`."""
         ranks = [*range(1, top + 1), tail_rank]
         order = logits[list(horizons)].argsort(dim=-1, descending=True, stable=True)

@@ -56,7 +56,9 @@ class LogitShiftResult(Result):
         rows = self.table[(self.table["size"] == str(size)) & (self.table["tokens"] == tokens)]
         if predictor not in self.predictors or rows.empty:
             known = f"predictors {', '.join(self.predictors)}; sizes {', '.join(self.table['size'].unique())}"
-            raise KeyError(f"no {predictor!r} at size {size!r} on {tokens!r} tokens; there are {known}; {TOP} and {TAIL}")
+            raise KeyError(
+                f"no {predictor!r} at size {size!r} on {tokens!r} tokens; there are {known}; {TOP} and {TAIL}"
+            )
         return float(estimates(rows, predictor, n_resamples=1)["r2"])
 
     def figure(self) -> Figure:

@@ -33,7 +33,8 @@ def r_squared_interval(
 ) -> list[float]:
     """Percentile interval (95%) of R^2 over redrawn clusters; NaN where one cluster holds everything."""
     measured, predicted = np.asarray(measured, float), np.asarray(predicted, float)
-    names, member = np.unique(np.asarray(clusters), return_inverse=True)
+    labels: np.ndarray = np.asarray(clusters)
+    names, member = np.unique(labels, return_inverse=True)
     if len(names) < 2:
         return [float("nan"), float("nan")]
     centred = measured - measured.mean()  # R^2 is the same, and the difference of squares below loses no digits
