@@ -6,12 +6,13 @@ writesae cache       keep what they are trained on on disk, and list what is the
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae population  the same over many atoms, atom by atom
 writesae passage-test  leave out every write that some atoms stand for
+writesae logits      predict what adding atoms does to later logits, and measure it
 writesae models      the models that ship with the package
 writesae partition   which atoms look like one native write, and whether there are two kinds
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, main, partition, passage_test, population, reproduce, train
+from writesae.cli import cache, logits, main, partition, passage_test, population, reproduce, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "main", "partition", "passage_test", "population", "reproduce", "train"]
+__all__ = ["app", "cache", "logits", "main", "partition", "passage_test", "population", "reproduce", "train"]
