@@ -4,11 +4,13 @@ writesae demo        the whole experiment on a bundled model, with a report
 writesae train       learn dictionaries, of one head or of many, from flags or a file
 writesae cache       keep what they are trained on on disk, and list what is there
 writesae replace     replace writes by the atoms of a saved dictionary
+writesae erase       take away what atoms wrote, write them where they are silent
+writesae readers     find the later heads that read the writes of an atom
 writesae models      the models that ship with the package
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, main, train
+from writesae.cli import cache, erase, main, readers, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "main", "train"]
+__all__ = ["app", "cache", "erase", "main", "readers", "train"]
