@@ -13,8 +13,8 @@ substituting the native write for itself is the numerical floor of the whole pro
 nats, from float64 log-softmax of the model's logits; `kl_*` is KL(edited || native), `kl_reverse_*` KL(native || edited).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, get_args
 
@@ -30,7 +30,7 @@ from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_
 from writesae.evaluation.low_rank import LowRank
 from writesae.evaluation.outputs import compare
 from writesae.evaluation.replacement_result import ReplacementResult
-from writesae.evaluation.substitutes import CONDITIONS, NATIVE, Substitutes
+from writesae.evaluation.substitutes import NATIVE, Substitutes
 from writesae.sae.write_sae import WriteSAE
 
 READINGS = ("in_recurrence", "cache", "horizon")
@@ -71,6 +71,7 @@ def replacement(
     layer: int,
     head: int,
     config: ReplacementConfig | None = None,
+    others: Mapping[str, Callable[[Firing], LowRank]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ReplacementResult:
     """Replace native writes of one cell by single atoms, and measure what it does to the output distribution.
@@ -81,6 +82,7 @@ def replacement(
         tokens: held-out passages.
         layer, head: the cell.
         config: which firings, which form of the write, seeds.
+        others: further conditions by name, measured beside the rest in columns kl_<name> and so on.
         on_progress: called with (firings done, firings in all).
 
     Raises:
@@ -103,7 +105,7 @@ def replacement(
     )
     if not firings:
         raise ValueError("no listed atom fires on these passages")
-    test = _Test(model, tokens, layer, head, config, writes, Substitutes(sae, writes, config.seed))
+    test = _Test(model, tokens, layer, head, config, writes, Substitutes(sae, writes, config.seed), others or {})
     rows: list[dict[str, Any]] = []
     for index, measured in enumerate(test.run(firings)):
         rows += [{"firing_id": index, **measured_row} for measured_row in measured]
@@ -121,6 +123,7 @@ class _Test:
     config: ReplacementConfig
     writes: CellWrites
     substitutes: Substitutes
+    others: Mapping[str, Callable[[Firing], LowRank]] = field(default_factory=dict)
 
     def run(self, firings: list[Firing]) -> Iterator[list[dict[str, Any]]]:
         """Firing by firing, passage by passage: one plain pass and one set of snapshots serve a whole passage."""
@@ -139,6 +142,7 @@ class _Test:
         t, horizon = firing.position, self.config.horizon
         native = self._native(firing, snapshots[t])
         chosen = self.substitutes.draw(firing, native)
+        chosen |= {name: other(firing) for name, other in self.others.items()}
         replaced = self._replace(text[:, t : t + horizon + 1], snapshots[t], list(chosen.values()), t)
         patched = self._patch(text[:, t + 1 : t + 2], snapshots[t + 1], native, list(chosen.values()))
         targets = text[0, 1:]
@@ -147,7 +151,7 @@ class _Test:
         later = compare(patched, plain[t + 1 : t + 2], targets[t + 1 : t + 2])
         shared = self._describe(firing, native, chosen)
         readings = zip(READINGS, (at_t, later, after), strict=True)
-        return [{**shared, "reading": reading, **_columns(measured)} for reading, measured in readings]
+        return [{**shared, "reading": reading, **_columns(measured, chosen)} for reading, measured in readings]
 
     def _native(self, firing: Firing, before: RecurrentState) -> LowRank:
         """The native write; in net form with the erase as a second term, erase (probe^T S_{t-1})."""
@@ -218,9 +222,9 @@ def stack_terms(chosen: list[LowRank]) -> tuple[Float[Tensor, "row term d_k"], F
     return torch.stack([padded(m.key) for m in chosen]), torch.stack([padded(m.value) for m in chosen])
 
 
-def _columns(measured: dict[str, Tensor]) -> dict[str, float]:
+def _columns(measured: dict[str, Tensor], chosen: Iterable[str]) -> dict[str, float]:
     return {
         f"{quantity}_{condition}": float(values[row])
         for quantity, values in measured.items()
-        for row, condition in enumerate(CONDITIONS)
+        for row, condition in enumerate(chosen)
     }
