@@ -16,6 +16,7 @@ def passage_test(
         list[int] | None, typer.Option(help="An atom of the set; may be given several times. By default a whole side.")
     ] = None,
     side: Annotated[str, typer.Option(help="Without --atom: 'register' atoms, 'bundle' atoms, or 'all'.")] = "register",
+    most: Annotated[int | None, typer.Option(help="At most so many atoms of the side, drawn at random.")] = None,
     threshold: Annotated[float, typer.Option(help="Median cosine from which on an atom is a register.")] = 0.05,
     draws: Annotated[int, typer.Option(help="Times each random condition is drawn.")] = 3,
     passages: PassageCount = 20,
@@ -27,14 +28,14 @@ def passage_test(
 ) -> None:
     """What do all the writes cost, in bits per token, at which some atoms fire, and what does noise in their place?
 
-    Example: writesae passage-test --sae runs/l2h1/sae --side register --passages 20
+    Example: writesae passage-test --sae runs/l2h1/sae --side register --most 50
     """
     with plain_errors():
         from writesae.evaluation.passage_test import PassageTestConfig
         from writesae.evaluation.passage_test import passage_test as run
 
         atoms = tuple(atom) if atom else None
-        config = PassageTestConfig(atoms=atoms, side=side, threshold=threshold, draws=draws, seed=seed)
+        config = PassageTestConfig(atoms=atoms, side=side, most=most, threshold=threshold, draws=draws, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=0, text=text)
         with progress() as tell:
             result = run(

@@ -53,6 +53,8 @@ class PassageTestConfig(StrictConfig):
     """The set of atoms; None takes those of `side`."""
     side: str = REGISTER
     """Without `atoms`: "register" atoms, "bundle" atoms, or "all" that fire."""
+    most: int | None = None
+    """At most so many of the side's atoms, drawn at random: a whole side may fire everywhere, and leave no other writes."""
     threshold: float = 0.05
     """Median cosine to the native writes (on these passages) from which on an atom is a register."""
     pools: tuple[str, ...] = POOLS
@@ -69,6 +71,8 @@ class PassageTestConfig(StrictConfig):
         require_one_of("PassageTestConfig", "side", self.side, SIDES)
         for pool in self.pools:
             require_one_of("PassageTestConfig", "pools", pool, POOLS)
+        if self.most is not None:
+            require_positive("PassageTestConfig", most=self.most)
         if self.atoms is not None and not self.atoms:
             raise ValueError("PassageTestConfig.atoms is empty; give atoms, or None for those of a side")
 
@@ -294,6 +298,8 @@ def _of_side(sae: WriteSAE, writes: CellWrites, config: PassageTestConfig) -> tu
     atoms = tuple(atom for atom, cosine in cosines.items() if low <= cosine < high)
     if not atoms:
         raise ValueError(f"no {config.side} atom fires on these passages (threshold {config.threshold})")
+    if config.most is not None:
+        atoms = tuple(np.random.default_rng(config.seed).permutation(sorted(atoms))[: config.most].tolist())
     return atoms
 
 

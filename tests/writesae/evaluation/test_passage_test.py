@@ -140,6 +140,9 @@ def test_sides_are_parted_by_the_median_cosine():
     assert atoms["register"] == sorted(atom for atom, cosine in cosines.items() if cosine >= 0.2)
     assert atoms["bundle"] == sorted(atom for atom, cosine in cosines.items() if cosine < 0.2)
     assert atoms["all"] == sorted(cosines) and atoms["register"] and atoms["bundle"]
+    few = PassageTestConfig(side="all", most=3, first_position=3, draws=1, pools=("listed",))
+    drawn = [passage_test(model, sae, tokens, config=few, **fields).atoms for _ in range(2)]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3 and set(drawn[0]) <= set(cosines)
 
 
 def made_up(changes):
@@ -188,7 +191,12 @@ def test_bad_input_is_refused():
         sae.encoder.bias[3] = -1e9
     with pytest.raises(ValueError, match="none of the 1 atoms fires"):
         run(PassageTestConfig(atoms=(3,)))
-    for fields, word in (({"side": "left"}, "side"), ({"pools": ("x",)}, "pools"), ({"atoms": ()}, "atoms")):
+    for fields, word in (
+        ({"side": "left"}, "side"),
+        ({"pools": ("x",)}, "pools"),
+        ({"atoms": ()}, "atoms"),
+        ({"most": 0}, "most"),
+    ):
         with pytest.raises(ValueError, match=word):
             PassageTestConfig(**fields)
     with pytest.raises(ValueError, match="draws"):
