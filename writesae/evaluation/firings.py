@@ -1,5 +1,11 @@
-"""Where atoms fire: the writes of one head over a text, their codes, and a seeded sample of firings to test."""
+"""Where atoms fire: the writes of one head over a text, their codes, and a seeded sample of firings to test.
 
+A firing is an atom that is active in the code of a token. What has a code is what the dictionary was trained on: the token's
+additive write, its net write (protocol decision D1), or, as in the paper, the state S_t after the write. What the
+experiments then edit is in every case the write.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -7,26 +13,46 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
+from writesae.evaluation.low_rank import LowRank
 from writesae.sae.codes import Codes
+from writesae.sae.samples import Factored, Matrices, Samples
+from writesae.sae.states import StateSequences, formed_states
 from writesae.sae.write_sae import WriteSAE
-from writesae.stream.sources import Source, collect
+from writesae.stream.sources import STATE, Record, Source, collect, with_terms
 
 
 @dataclass(frozen=True)
 class CellWrites:
-    """The writes of one cell (layer, head) over passages, with the code of each."""
+    """The native writes of one cell (layer, head) over passages, with the code of each token."""
 
     key: Float[Tensor, "passage pos d_k"]
-    """Key sides."""
+    """Key sides of the additive writes."""
     value: Float[Tensor, "passage pos d_v"]
-    """Value sides."""
+    """Value sides of the additive writes."""
     codes: Codes
-    """Active atoms per write: indices and values [passage, pos, k]."""
+    """Active atoms per token: indices and values [passage, pos, k], of what the dictionary was trained on."""
+    net_key: Float[Tensor, "passage pos term d_k"] | None = None
+    """Key sides of the net writes, where asked for: one term, or two where the erase has a key of its own (RWKV-7)."""
+    net_value: Float[Tensor, "passage pos term d_v"] | None = None
+    """Their value sides, which hold what the erase took away."""
 
     @property
     def norms(self) -> Float[Tensor, "passage pos"]:
-        """Frobenius norm of every write."""
+        """Frobenius norm of every additive write."""
         return self.key.norm(dim=-1) * self.value.norm(dim=-1)
+
+    def native(self, passage: int, position: int, form: str = "additive") -> LowRank:
+        """One native write, "additive" or "net"; `ValueError` for net writes that were not kept."""
+        if form == "additive":
+            return LowRank(self.key[passage, position][None], self.value[passage, position][None])
+        if self.net_key is None or self.net_value is None:
+            raise ValueError("the net writes were not kept: ask encode_cell for them with net=True")
+        return LowRank(self.net_key[passage, position], self.net_value[passage, position])
+
+    def rates(self, n_atoms: int) -> Float[Tensor, " n_atoms"]:
+        """The share of the tokens at which each atom fires."""
+        fired = torch.bincount(self.codes.indices[self.codes.active], minlength=n_atoms)
+        return fired.double() / self.codes.indices.shape[:-1].numel()
 
 
 @dataclass(frozen=True)
@@ -47,19 +73,25 @@ class Firing:
     """The coefficient of the dominant atom."""
 
 
-def check_cell(model: HookedRecurrentModel, sae: WriteSAE, layer: int, head: int) -> None:
-    """Raise unless (layer, head) is a recurrent cell of the model whose writes the SAE knows and its atoms can replace.
+def trained_on(sae: WriteSAE, layer: int, head: int) -> Source:
+    """What the dictionary's codes are codes of, at this cell: additive writes, net writes or states.
 
-    IndexError for a layer or head without writes; ValueError for atoms of another shape, dense atoms, and a dictionary that
-    was trained on something else than additive writes: its codes of writes would mean nothing.
+    A dictionary that does not say counts as one of additive writes. Raises `ValueError` for one of vectors.
     """
-    cfg, origin = model.cfg, sae.provenance
-    hook, form = origin.get("hook") or "hook_write", origin.get("form") or "additive"
-    if not hook.endswith("hook_write") or form != "additive":
-        came = f"{form} writes of {hook}" if hook.endswith("hook_write") else hook
-        raise ValueError(f"the dictionary was trained on {came}; this test needs one of additive writes (hook_write)")
-    if sae.config.decoder == "dense":
-        raise ValueError("the dictionary's atoms are dense matrices; this test puts outer products in a write's place")
+    hook, form = sae.provenance.get("hook") or "hook_write", sae.provenance.get("form") or "additive"
+    kind = hook.rpartition("hook_")[2]
+    if kind not in ("write", "state"):
+        raise ValueError(f"the dictionary was trained on {hook}; this test needs one of writes or states")
+    return Source(f"blocks.{layer}.mixer.hook_{kind}", head, form if kind == "write" else "additive")
+
+
+def check_cell(model: HookedRecurrentModel, sae: WriteSAE, layer: int, head: int) -> None:
+    """Raise unless (layer, head) is a recurrent cell of the model whose writes or states the dictionary's atoms fit.
+
+    IndexError for a layer or head without writes; ValueError for atoms of another shape, and a dictionary of vectors.
+    """
+    cfg = model.cfg
+    trained_on(sae, layer, head)
     if layer not in cfg.recurrent_layers:
         raise IndexError(f"layer {layer} has no writes: the recurrent layers are {cfg.recurrent_layers}")
     if not 0 <= head < cfg.n_heads:
@@ -79,13 +111,59 @@ def encode_cell(
     layer: int,
     head: int,
     batch: int = 8,
+    net: bool = False,
 ) -> CellWrites:
-    """Run the passages and encode every write of the cell."""
+    """Run the passages, keep every write of the cell, and encode what the dictionary was trained on at every token.
+
+    States under one decay per head are encoded by running sums; under a decay per key channel (RWKV-7) they are formed, those
+    of one passage at a time.
+
+    Args:
+        model, sae, tokens: as everywhere.
+        layer, head: the cell.
+        batch: passages per forward pass.
+        net: whether to keep the net writes too.
+
+    Raises:
+        ValueError, IndexError: as `check_cell` says.
+    """
     check_cell(model, sae, layer, head)
-    source = Source(f"blocks.{layer}.mixer.hook_write", head)
-    records = [collect(model, rows, [source])[source] for rows in tokens.split(batch)]
-    key, value = (torch.cat([record[side] for record in records]) for side in ("key", "value"))
-    return CellWrites(key, value, sae.encode(key, value))
+    coded, written = trained_on(sae, layer, head), Source(f"blocks.{layer}.mixer.hook_write", head)
+    whole = Source(written.hook, head, "net")
+    wanted = {coded, written, whole} if net else {coded, written}
+    keys, values, codes, net_keys, net_values = [], [], [], [], []
+    for rows in tokens.split(batch):
+        records = collect(model, rows, wanted)
+        keys.append(records[written]["key"])
+        values.append(records[written]["value"])
+        codes += [
+            sae.encode_samples(part.to(device=sae.input_scale.device)) for part in _samples(coded, records[coded])
+        ]
+        if net:
+            net_keys.append(_with_axis(records[whole]["key"]))
+            net_values.append(_with_axis(records[whole]["value"]))
+    key, value = torch.cat(keys), torch.cat(values)
+    found = Codes.concatenate(codes).reshape(key.shape[:2])
+    if not net:
+        return CellWrites(key, value, found)
+    return CellWrites(key, value, found, torch.cat(with_terms(net_keys)), torch.cat(with_terms(net_values)))
+
+
+def _samples(source: Source, record: Record) -> Iterable[Samples]:
+    """What a record holds, in pieces whose matrices, where they have to be formed, fit in memory."""
+    if not source.hook.endswith(STATE):
+        key, value = record["key"].flatten(0, 1), record["value"].flatten(0, 1)
+        return [Factored(key, value)]
+    log_decay, key, value = record["log_decay"], _with_axis(record["key"]), _with_axis(record["value"])
+    if log_decay.ndim == 2:
+        return [StateSequences(log_decay, key, value, record.get("squared_norm"))]
+    passages = zip(log_decay.split(1), key.split(1), value.split(1), strict=True)
+    return (Matrices(formed_states(*passage).flatten(0, 1)) for passage in passages)
+
+
+def _with_axis(side: Tensor) -> Tensor:
+    """With an axis of terms."""
+    return side[:, :, None] if side.ndim == 3 else side
 
 
 def sample_firings(
@@ -97,10 +175,10 @@ def sample_firings(
     until the total is reached. The result is sorted by passage and position.
     """
     indices, values = writes.codes.indices, writes.codes.values
-    window = torch.zeros(values.shape[:2], dtype=torch.bool)
+    window = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
     window[:, first : last + 1] = True
     passage, position, slot = ((values > 0) & window[..., None]).nonzero().unbind(1)
-    fired = indices[passage, position, slot]
+    fired = indices[passage, position, slot].cpu()
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(fired), generator=generator)
     alive = torch.unique(fired)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_recurrent import WriteEdit
-from tests.hooked_recurrent.models import tiny_model, tokens_of
+from tests.hooked_recurrent.models import RULES, tiny_model, tokens_of
 from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae.config import WriteSAEConfig
 from writesae.evaluation.cells import most_effective, survey
@@ -69,16 +69,51 @@ def test_contexts_show_the_strongest_firing_of_each_passage():
         assert len(context["tokens"]) == len(context["weights"]) <= 6
 
 
+def dense_of(model, sae, tokens, kind):
+    """What the dictionary was trained on at every token, as matrices [passage, pos, d_k, d_v], from the states alone."""
+    prefix = f"blocks.{LAYER}.mixer.hook_"
+    names = [prefix + role for role in ("state", "write", "log_decay")]
+    _, cache = model.run_with_cache(tokens, names_filter=names)
+    states, writes, log_decay = (cache[name][:, :, HEAD] for name in names)
+    if kind != "net":
+        return states if kind == "state" else writes
+    before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
+    decay = log_decay.exp()
+    return states - (decay[..., None] if decay.ndim == 3 else decay[..., None, None]) * before
+
+
+@pytest.mark.parametrize("kind", ["write", "net", "state"])
+@pytest.mark.parametrize("rule", RULES)
+def test_codes_are_those_of_what_the_dictionary_was_trained_on(rule, kind):
+    model, sae, tokens = cell((rule, rule))
+    hook, form = ("hook_state", None) if kind == "state" else ("hook_write", "additive" if kind == "write" else kind)
+    sae.provenance |= {"hook": f"blocks.{LAYER}.mixer.{hook}", "form": form}
+    writes = encode_cell(model, sae, tokens, LAYER, HEAD, batch=2, net=True)
+    expected = sae.encode_matrix(dense_of(model, sae, tokens, kind))
+    assert torch.allclose(writes.codes.dense(12), expected.dense(12), atol=1e-9)
+    assert (writes.codes.values > 0).any()
+    for form in ("additive", "net"):
+        native = writes.native(1, 7, form)
+        matrix = dense_of(model, sae, tokens, "net" if form == "net" else "write")[1, 7]
+        assert torch.allclose(native.key.T @ native.value, matrix, atol=1e-10)
+        assert native.norm() == pytest.approx(float(matrix.norm()), rel=1e-6)
+    assert writes.norms[1, 7].item() == pytest.approx(writes.native(1, 7).norm())
+    assert torch.allclose(writes.rates(12), (expected.dense(12) > 0).double().mean((0, 1)))
+    with pytest.raises(ValueError, match="net=True"):
+        encode_cell(model, sae, tokens, LAYER, HEAD).native(1, 7, "net")
+
+
+def test_dense_atoms_and_their_encoders_are_encoded_too():
+    model, sae, tokens = cell(decoder="dense", encoder="linear")
+    writes = encode_cell(model, sae, tokens, LAYER, HEAD)
+    assert torch.allclose(writes.codes.values, sae.encode(writes.key, writes.value).values)
+
+
 @pytest.mark.parametrize(
     ("provenance", "fields", "word"),
     [
-        ({"hook": "blocks.0.mixer.hook_state"}, {}, "trained on blocks.0.mixer.hook_state; this test needs"),
-        (
-            {"hook": "blocks.0.mixer.hook_write", "form": "net"},
-            {},
-            "trained on net writes of blocks.0.mixer.hook_write",
-        ),
-        ({}, {"decoder": "dense"}, "dense matrices"),
+        ({"hook": "blocks.0.mixer.hook_read"}, {}, "trained on blocks.0.mixer.hook_read; this test needs"),
+        ({"hook": "blocks.0.hook_resid_post"}, {}, "trained on blocks.0.hook_resid_post"),
         ({}, {"d_k": 4}, "atoms are 4 x"),
     ],
 )
