@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Int
@@ -12,6 +13,7 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.zoo.corpus import standard_library
 from writesae.config import TrainConfig, WriteSAEConfig, require_one_of
 from writesae.evaluation.cells import most_effective, survey
+from writesae.evaluation.result import Result
 from writesae.reproduce.config import ReproduceConfig
 from writesae.sae.write_sae import WriteSAE
 from writesae.stream.corpus import Passages, passages, text_folder
@@ -58,11 +60,6 @@ class Bench:
             return most_effective(self.cells)
         return self.config.layer, self.config.head
 
-    @property
-    def where(self) -> dict[str, int]:
-        """The cell as arguments."""
-        return {"layer": self.cell[0], "head": self.cell[1]}
-
     def dictionaries(
         self, source: str, cells: Sequence[tuple[int, int]], seeds: Sequence[int] = (0,), **sae: object
     ) -> dict[tuple[int, int, int], WriteSAE]:
@@ -82,6 +79,12 @@ class Bench:
     def dictionary(self, source: str = "write", seed: int = 0) -> WriteSAE:
         """The plain dictionary of the run's own cell."""
         return self.dictionaries(source, [self.cell], [seed])[*self.cell, seed]
+
+    def test(self, experiment: Callable[..., Result], stage: str, sae: WriteSAE, config: object, **more: Any) -> Result:
+        """An experiment on a dictionary of the run's cell and the held-out passages."""
+        where = {"layer": self.cell[0], "head": self.cell[1]}
+        told = self.progress(stage)
+        return experiment(self.model, sae, self.tokens, **where, config=config, on_progress=told, **more)
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """Tells how far a stage is."""
