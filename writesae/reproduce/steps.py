@@ -10,7 +10,7 @@ from writesae.evaluation.encoder_swap import EncoderSwapConfig, encoder_swap
 from writesae.evaluation.erasure import ErasureConfig, erasure
 from writesae.evaluation.logit_shift import LogitShiftConfig, logit_shift
 from writesae.evaluation.partition import PartitionConfig, partition
-from writesae.evaluation.passage_test import PassageConfig, passage_test
+from writesae.evaluation.passage_test import PassageTestConfig, passage_test
 from writesae.evaluation.population import PopulationConfig, population
 from writesae.evaluation.readers import ReadersConfig, readers
 from writesae.evaluation.replacement import ReplacementConfig, replacement
@@ -38,7 +38,9 @@ def _population(bench: Bench) -> Results:
 
 
 def _passage_test(bench: Bench) -> Results:
-    return {"write": bench.test(passage_test, "passages", bench.dictionary(), PassageConfig(seed=bench.config.seed))}
+    return {
+        "write": bench.test(passage_test, "passages", bench.dictionary(), PassageTestConfig(seed=bench.config.seed))
+    }
 
 
 def _logits(bench: Bench) -> Results:
