@@ -4,6 +4,7 @@ writesae demo        the whole experiment on a bundled model, with a report
 writesae train       learn dictionaries, of one head or of many, from flags or a file
 writesae cache       keep what they are trained on on disk, and list what is there
 writesae replace     replace writes by the atoms of a saved dictionary
+writesae replace-cells  the same in every cell that has a dictionary
 writesae population  the same over many atoms, atom by atom
 writesae passage-test  leave out every write that some atoms stand for
 writesae models      the models that ship with the package
@@ -11,7 +12,7 @@ writesae partition   which atoms look like one native write, and whether there a
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, main, partition, passage_test, population, reproduce, train
+from writesae.cli import cache, main, partition, passage_test, population, replace, reproduce, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "main", "partition", "passage_test", "population", "reproduce", "train"]
+__all__ = ["app", "cache", "main", "partition", "passage_test", "population", "replace", "reproduce", "train"]
