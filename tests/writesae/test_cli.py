@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     return folder / "sae", json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "replace", "models", "cache"])
+@pytest.mark.parametrize("verb", ["demo", "train", "replace", "replace-cells", "models", "cache"])
 def test_help_names_every_option_in_words(verb):
     result = run(verb, "--help")
     assert result.exit_code == 0
@@ -54,6 +54,24 @@ def test_train_saves_a_dictionary_that_replace_tests(trained, tmp_path):
     assert all(row["floor_max"] < 1e-6 for row in summary)  # float32
     stored = json.loads(out.read_text())
     assert (stored["layer"], stored["head"], len(stored["records"])) == (2, 1, 18)
+
+
+def test_replace_cells_reads_the_dictionaries_of_a_run(trained, tmp_path):
+    options = ["--firings", "4", "--passages", "20", "--length", "64", "--horizon", "2", "--reading", "in_recurrence"]
+    out, keep, figure = tmp_path / "cells.json", tmp_path / "keep", tmp_path / "cells.svg"
+    saved = ["--out", out, "--keep", keep, "--figure", figure]
+    result = run("replace-cells", trained[0].parent, *saved, "--json", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {(row["layer"], row["head"], row["n"]) for row in found["cells"]} == {(2, 1, 4)}
+    assert {row["reading"] for row in found["summary"]} == {"in_recurrence"}
+    assert [path.name for path in keep.iterdir()] == ["l2.h1.json"] and figure.exists()
+    stored = json.loads(out.read_text())
+    assert stored["about"]["dictionaries"] == {"2.1": str(trained[0])} and stored["about"]["model"]
+    shown = run("replace-cells", trained[0].parent, *options)
+    assert "over cells" in shown.stdout
+    none = run("replace-cells", tmp_path / "keep", *options)
+    assert none.exit_code == 2 and "no dictionary lies" in none.stderr
 
 
 @pytest.fixture
@@ -106,6 +124,10 @@ def test_replace_prints_a_table(trained):
     )
     assert result.exit_code == 0, result.output
     assert "strongest" in result.stdout
+    options = ["--firings", "4", "--passages", "20", "--length", "64", "--horizon", "2", "--reading", "cache"]
+    lost = json.loads(run("replace", "--sae", trained[0], *options, "--losses", "--json").stdout)
+    assert {row["reading"] for row in lost["summary"]} == {"cache"}
+    assert sum(row["n"] for row in lost["losses"] if row["by"] == "cosine") == 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ writesae demo        the whole experiment on a bundled model, with a report
 writesae train       learn dictionaries, of one head or of many, from flags or a file
 writesae cache       keep what they are trained on on disk, and list what is there
 writesae replace     replace writes by the atoms of a saved dictionary
+writesae replace-cells  the same in every cell that has a dictionary
 writesae population  the same over many atoms, atom by atom
 writesae passage-test  leave out every write that some atoms stand for
 writesae logits      predict what adding atoms does to later logits, and measure it
@@ -27,6 +28,7 @@ from writesae.cli import (
     passage_test,
     population,
     readers,
+    replace,
     reproduce,
     train,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "passage_test",
     "population",
     "readers",
+    "replace",
     "reproduce",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The commands that look at a model and its dictionaries: demo, replace, models, convert."""
+"""The commands that look at a model and its dictionaries: demo, models, convert."""
 
 from pathlib import Path
 from typing import Annotated
@@ -44,64 +44,6 @@ def demo(
     console.print(quality_table(result.training.metrics))
     console.print(replacement_table(result.replacement.summary(), cell))
     console.print(f"\n{sum(result.seconds.values()):.0f} s. Report: [bold]{result.report}[/bold]")
-
-
-@app.command()
-def replace(
-    sae: Annotated[Path, typer.Option(help="Folder of a saved dictionary.")],
-    model: Annotated[
-        str | None, typer.Option(help="The model; by default the one the dictionary was trained on.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write every measurement to this JSON file.")] = None,
-    firings: Annotated[int, typer.Option(help="Most firings to test.")] = 600,
-    per_atom: Annotated[int, typer.Option(help="Most firings of one atom.")] = 5,
-    atom: Annotated[list[int] | None, typer.Option(help="Test only this atom; may be given several times.")] = None,
-    form: Annotated[
-        str, typer.Option(help="What the write is: 'additive' k v^T, or 'net' with the erase.")
-    ] = "additive",
-    passages: Annotated[int, typer.Option(help="Passages of held-out files to look for firings in.")] = 200,
-    length: Annotated[int, typer.Option(help="Tokens per passage.")] = 256,
-    horizon: Annotated[int, typer.Option(help="Tokens after the firing over which the horizon reading averages.")] = 16,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Replace native writes by the atoms of a saved dictionary, on held-out text, and compare with deleting them.
-
-    Every condition is measured in three readings: at the token itself (in_recurrence), through an edit of the cached state
-    at the next token (cache), and over the coming tokens (horizon). KLs are in nats.
-    """
-    with plain_errors():
-        from hooked_recurrent.zoo.corpus import standard_library
-        from writesae.evaluation.replacement import ReplacementConfig, replacement
-        from writesae.sae.write_sae import WriteSAE
-        from writesae.stream.corpus import passages as cut
-
-        dictionary = WriteSAE.load(sae)
-        origin = dictionary.provenance
-        for needed in ("model", "layer", "head"):
-            if needed not in origin and not (needed == "model" and model is not None):
-                raise ValueError(f"the dictionary in {sae} does not say which {needed} it was trained on")
-        loaded = load_model(model or origin["model"])
-        text = cut(standard_library("heldout"), loaded, length, split="heldout", max_passages=passages, seed=seed)
-        config = ReplacementConfig(
-            atoms=tuple(atom) if atom else None, per_atom=per_atom, total=firings, horizon=horizon, form=form, seed=seed
-        )
-        with progress() as tell:
-            result = replacement(
-                loaded,
-                dictionary,
-                text.tokens,
-                layer=origin["layer"],
-                head=origin["head"],
-                config=config,
-                on_progress=lambda done, total: tell("replace", done, total),
-            )
-        if out is not None:
-            result.to_json(out)
-    if as_json:
-        print_json(result.summary())
-        return
-    console.print(replacement_table(result.summary(), (result.layer, result.head)))
 
 
 @app.command()

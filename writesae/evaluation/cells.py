@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
+from hooked_recurrent.patching import run_edits
 
 
 @torch.no_grad()
@@ -43,13 +44,12 @@ def survey(
             decays[layer].append(log_decay.transpose(1, 2).flatten(0, 1) if log_decay.ndim == 3 else log_decay)
             norms[layer].append(key.norm(dim=-1) * value.norm(dim=-1))
         chosen = torch.randperm(len(row) - 1, generator=generator)[:positions] + 1
-        snapshots = model.snapshots(row[None], chosen.tolist())
-        for t in chosen.tolist():
-            edits = [WriteEdit(layer, head, t, "delete", batch=index) for index, (layer, head) in enumerate(cells)]
-            text = row[None, t : t + 1].expand(len(cells), -1)
-            deleted = model(text, state=snapshots[t].fork(len(cells)), edits=edits)[:, 0]
-            after, before = deleted.double().log_softmax(-1), plain[0, t].double().log_softmax(-1)
-            kls.append((after.exp() * (after - before)).sum(-1))
+        edits = [WriteEdit(layer, head, t, "delete") for t in chosen.tolist() for layer, head in cells]
+        effects = torch.zeros(len(edits), dtype=torch.float64)
+        for fork in run_edits(model, row[None], edits, horizon=0):
+            after, before = fork.logits[0].double().log_softmax(-1), plain[0, fork.position].double().log_softmax(-1)
+            effects[fork.index] = (after.exp() * (after - before)).sum()
+        kls += effects.unflatten(0, (-1, len(cells)))
     effect = torch.stack(kls).median(dim=0).values
     rows = []
     for index, (layer, head) in enumerate(cells):

@@ -28,6 +28,7 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.edits import Form
+from hooked_recurrent.files import plain
 from writesae.config import require_one_of
 from writesae.evaluation.exchange import READINGS, Exchanges, columns
 from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings, trained_on
@@ -134,7 +135,7 @@ def replacement(
         rows += [{"firing_id": index, **measured_row} for measured_row in measured]
         if on_progress is not None:
             on_progress(index + 1, len(firings))
-    return ReplacementResult(pd.DataFrame(rows), layer, head, config.to_dict())
+    return ReplacementResult(pd.DataFrame(rows), layer, head, plain(config.to_dict()))
 
 
 @dataclass(frozen=True)
