@@ -10,7 +10,7 @@ At an edit of 1% the shifts are some 1e-3 of logits near 10, of which float32 ke
 float64, on a copy of the model, unless the config says otherwise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -25,7 +25,7 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.patching.forks import Trunk, run_edits
 from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings
 from writesae.evaluation.logit_shift_context import Cell, Context
-from writesae.evaluation.logit_shift_predictors import PREDICTORS, Added, first_order, predict
+from writesae.evaluation.logit_shift_predictors import PREDICTORS, Added, first_order, predict, reach
 from writesae.evaluation.logit_shift_result import NATURAL, NULL, LogitShiftResult
 from writesae.evaluation.result import Told
 from writesae.sae.write_sae import WriteSAE
@@ -43,7 +43,7 @@ class LogitShiftConfig(StrictConfig):
     """Most firings in all, each a context."""
     random_atoms: int = 1
     """Atoms that do not fire, or random matrices in a cell without dictionary, per context and cell."""
-    cells: tuple[tuple[int, int], ...] | None = None
+    cells: tuple[Sequence[int], ...] | None = None
     """Cells (layer, head) that are edited; None is the dictionary's own. Other cells get random rank-1 matrices."""
     fractions: tuple[float, ...] = (0.01, 0.1, 0.36, 1.0)
     """Sizes of the edits, as shares of the native write's norm; the natural amplitude comes on top."""
@@ -67,7 +67,9 @@ class LogitShiftConfig(StrictConfig):
         require_positive(name, per_atom=self.per_atom, total=self.total, top=self.top, tail_rank=self.tail_rank)
         require_positive(name, first_position=self.first_position)
         if self.cells is not None:
-            object.__setattr__(self, "cells", tuple((int(layer), int(head)) for layer, head in self.cells))
+            object.__setattr__(self, "cells", tuple(tuple(cell) for cell in self.cells))  # JSON has lists
+            if not self.cells or any(len(cell) != 2 for cell in self.cells):
+                raise ValueError(f"{name}.cells must be pairs (layer, head), one at least, got {self.cells}")
         if self.random_atoms < 0 or not self.horizons or min(self.horizons) < 0:
             raise ValueError(
                 f"{name} needs random_atoms >= 0 and horizons >= 0, got {self.random_atoms}, {self.horizons}"
@@ -106,7 +108,7 @@ def logit_shift(
             smaller than the tail's rank, and when no listed atom fires.
     """
     config = config or LogitShiftConfig()
-    cells = config.cells or ((layer, head),)
+    cells = tuple((at, which) for at, which in config.cells or ((layer, head),))
     _check(model, tokens, cells, config)
     writes = encode_cell(model, sae, tokens, layer, head)
     firings = sample_firings(
@@ -272,15 +274,17 @@ class _Test:
     def _predictions(
         self, context: Context, planned: list[_Planned], stranger: dict[Cell, Tensor]
     ) -> dict[str, Float[Tensor, "edit row"]]:
+        """Every predictor, the null, and how far the edit reaches; cell by cell, in the order of the plan."""
         per_cell = []
         for cell, group in groupby(planned, key=lambda edit: edit.cell):
             edits = list(group)
             added = Added(torch.stack([edit.key for edit in edits]), torch.stack([edit.value for edit in edits]))
             made = predict(context, cell, added, self.config.predictors)
+            made |= reach(context, cell, added)
             unknown = torch.full((len(edits), len(context.native)), float("nan"))
             made[NULL] = first_order(stranger[cell], added) if cell in stranger else unknown
             per_cell.append(made)
-        return {name: torch.cat([made[name].cpu() for made in per_cell]) for name in (*self.config.predictors, NULL)}
+        return {name: torch.cat([made[name].cpu() for made in per_cell]) for name in per_cell[0]}
 
 
 def _check(model: HookedRecurrentModel, tokens: Tensor, cells: tuple[Cell, ...], config: LogitShiftConfig) -> None:

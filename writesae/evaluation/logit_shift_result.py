@@ -1,8 +1,10 @@
 """The outcome of the logit experiment: a row per edit and target, and how well each predictor did."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -21,7 +23,9 @@ class LogitShiftResult(Result):
     The table has a row per context, cell, matrix, size, horizon and token: `measured` and a column per predictor, in logits.
     `size` is the edit's share of the native write's norm, or "natural"; `fraction` is that share as it came out; `source`
     says whether the matrix is an atom that fires there, a silent one, or gaussian; `tokens` whether the token is one of the
-    baseline's top or its tail. "shuffled" is first_order with Lambda of another passage's context, NaN for the first passage.
+    baseline's top or its tail. `read_change` and `stream_change` say how far the edit carries what the read-out's norm and
+    the norms above look at, as a share of what they saw without it. "shuffled" is first_order with Lambda of another
+    passage's context, NaN for the first passage.
     """
 
     kind = "logits"
@@ -49,6 +53,26 @@ class LogitShiftResult(Result):
             for predictor in self.predictors:
                 found = estimates(group, predictor, n_resamples)
                 rows.append({**dict(zip(columns, values, strict=True)), "predictor": predictor, **found})
+        return pd.DataFrame(rows)
+
+    def by_reach(
+        self, column: str = "read_change", edges: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    ) -> pd.DataFrame:
+        """Where linearity ends: per range of `read_change` or `stream_change`, each predictor's error over top tokens.
+
+        The error is sqrt(sum (measured - predicted)^2 / sum measured^2): 0 where all is right, 1 as good as predicting nothing.
+        """
+        table = self.table[self.table["tokens"] == TOP]
+        bins = pd.cut(table[column], [-np.inf, *edges, np.inf])
+        rows = []
+        for span, group in table.groupby(bins, observed=True):
+            squares = (group["measured"] ** 2).sum()
+            errors = {
+                name: float(np.sqrt(((group["measured"] - group[name]) ** 2).sum() / squares))
+                for name in self.config["predictors"]
+            }
+            low, high = max(span.left, 0.0), span.right
+            rows.append({f"{column}_above": low, f"{column}_to": high, "n": len(group), **errors})
         return pd.DataFrame(rows)
 
     def r2(self, predictor: str, size: float | str, tokens: str = TOP) -> float:
