@@ -31,7 +31,7 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import require_at_least_zero, require_one_of
 from writesae.evaluation.firings import CellWrites, check_cell, encode_cell
-from writesae.evaluation.install_context import PLACES, Context, Target, draw_targets, install_sites
+from writesae.evaluation.install_context import PLACES, STRATA, Context, Target, draw_targets, install_sites
 from writesae.evaluation.install_directions import Cells, atom_keys, fixed_directions, random_directions
 from writesae.evaluation.install_edits import Installs, Steering
 from writesae.evaluation.install_lambda import OBJECTIVES, SPLITS, Climb, Slope, at_cells, promising, refine, slope, steepest
@@ -55,6 +55,8 @@ class InstallConfig(StrictConfig):
     """Install positions per passage; each ends a prompt of its own (5 in the paper)."""
     per_stratum: int = 2
     """Targets of each of the four strata per prompt (2 in the paper, which had 8 in all)."""
+    strata: tuple[str, ...] = STRATA
+    """Which strata; see `install_context`."""
     magnitudes: tuple[float, ...] = (1.5, 3.0, 6.0)
     """Norms of an added write in units of the native write's at the same position and cell."""
     new_tokens: int = 20
@@ -93,6 +95,8 @@ class InstallConfig(StrictConfig):
         require_one_of(owner, "reading", self.reading, READINGS)
         for cell in self.cells:
             require_one_of(owner, "cells", cell, CELLS)
+        for stratum in self.strata:
+            require_one_of(owner, "strata", stratum, STRATA)
         if not self.cells or not self.magnitudes or min(self.magnitudes) <= 0:
             raise ValueError(f"{owner} needs cells and positive magnitudes, got {self.cells} and {self.magnitudes}")
         if not 0 < self.middle[0] < self.middle[1]:
@@ -186,6 +190,7 @@ class _Test:
             context,
             self.tokens,
             per_stratum=config.per_stratum,
+            strata=config.strata,
             middle=config.middle,
             seed=config.seed,
             is_word=self._is_word if self.model.tokenizer is not None else None,
@@ -202,7 +207,7 @@ class _Test:
         return rows
 
     def _is_word(self, token: int) -> bool:
-        text = self.model.to_string(torch.tensor([token])).strip()
+        text = str(self.model.to_string(torch.tensor([token]))).strip()
         return len(text) > 3 and text.isalpha()
 
     def _native(self, context: Context, targets: list[Target], wanted: Tensor) -> Iterator[dict[str, Any]]:
@@ -218,7 +223,7 @@ class _Test:
         return {"passage": context.passage, "position": context.position, **described}
 
     def _choose(self, context: Context, wanted: Tensor, start: Slope) -> Cells:
-        """Per target, of the most promising cells that in which a refined write of the middle magnitude gets furthest."""
+        """Per target, of the most promising cells the one in which a refined write of the middle magnitude gets furthest."""
         options = promising(context, start.writes, self.config.candidates)
         several = len(options[0])
         cells = tuple(cell for mine in options for cell in mine)

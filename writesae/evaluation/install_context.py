@@ -121,6 +121,7 @@ def draw_targets(
     tokens: Int[Tensor, "passage pos"],
     *,
     per_stratum: int,
+    strata: tuple[str, ...] = STRATA,
     middle: tuple[int, int],
     seed: int,
     frequent: int = 64,
@@ -132,6 +133,7 @@ def draw_targets(
         context: where they should appear.
         tokens: all passages, whose counts say what is frequent and what other passages use.
         per_stratum: how many of each.
+        strata: which of them are wanted; the targets of each are the same whichever others are.
         middle: first rank of the middle stratum, and first rank behind it; rare tokens come from there on.
         seed: of the draw, together with the context's passage and position.
         frequent: how many of the text's most frequent tokens count as frequent.
@@ -154,10 +156,10 @@ def draw_targets(
     }
     taken: set[int] = set()
     targets = []
-    for stratum in STRATA:
+    for stratum in STRATA:  # all are drawn, whatever is wanted, so that leaving one out changes no other
         for token in _draw(pools[stratum], taken, per_stratum, generator):
             targets.append(Target(token, stratum, int(rank[token])))
-    return targets
+    return [target for target in targets if target.stratum in strata]
 
 
 def _draw(pool: Bool[Tensor, " d_vocab"], taken: set[int], count: int, generator: torch.Generator) -> list[int]:

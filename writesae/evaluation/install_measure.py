@@ -13,21 +13,23 @@ from writesae.evaluation.install_context import PLACES, Context
 
 
 def collateral(
-    edited: Float[Tensor, "trial step d_vocab"],
+    logits: Float[Tensor, "trial step d_vocab"],
     native: Float[Tensor, "step d_vocab"],
     targets: Int[Tensor, " trial"],
 ) -> tuple[Float[Tensor, " trial"], Float[Tensor, " trial"]]:
     """KL on the tokens that are not the target, each distribution renormalised without it, averaged over the steps.
 
-    Both directions, KL(edited || native) and KL(native || edited), in nats, from log-probabilities in float64.
+    Both directions, KL(edited || native) and KL(native || edited), in nats; `logits` are the edited run's and `native` the untouched run's log-probabilities, in float64.
     """
-    place = targets[:, None, None].expand(-1, edited.shape[1], 1)
-    hidden = torch.zeros_like(edited, dtype=torch.bool).scatter(-1, place, True)
-    after = edited.masked_fill(hidden, -torch.inf).log_softmax(-1)
-    before = native.expand_as(edited).masked_fill(hidden, -torch.inf).log_softmax(-1)
-    difference = (after - before).masked_fill(hidden, 0.0)  # -inf minus -inf at the target, which weighs nothing
-    kl = (after.exp() * difference).sum(-1).mean(-1)
-    return kl, -(before.exp() * difference).sum(-1).mean(-1)
+    place = targets[:, None, None].expand(-1, logits.shape[1], 1)
+    after = logits.scatter(-1, place, -torch.inf).log_softmax(-1)
+    rest = torch.log1p(-native[:, targets].exp()).T  # log of what the native run leaves to the other tokens
+    share = after.exp()
+    after = after.scatter(-1, place, 0.0)  # weighs nothing from here on, and -inf times 0 is no number
+    before = native.exp()
+    kl = (share * (after - native)).sum(-1) + rest
+    told = (before * (native - after)).sum(-1) - (before * native)[:, targets].T
+    return kl.mean(-1), (told / rest.exp() - rest).mean(-1)
 
 
 @torch.no_grad()
@@ -41,10 +43,10 @@ def measure(
     logits: list[Tensor] = [torch.empty(0)] * len(interventions)
     for fork in run_edits(model, context.text[:, :-1], list(interventions), horizon=None, trunk=context.trunk):
         logits[fork.index] = fork.logits[PLACES - 1 :]
-    log_probs = torch.stack(logits).double().log_softmax(-1)
-    first = log_probs[:, 0]
+    made = torch.stack(logits).double()
+    first = made[:, 0].log_softmax(-1)
     wanted = first.gather(-1, targets[:, None])
-    forward, reverse = collateral(log_probs, context.log_probs, targets)
+    forward, reverse = collateral(made, context.log_probs, targets)
     return {
         "logprob": wanted[:, 0],
         "rank": (first > wanted).sum(-1).double(),

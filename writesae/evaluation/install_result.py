@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -13,7 +12,7 @@ from writesae.evaluation.statistics import cluster_bootstrap
 NATIVE = "native"
 AGAINST = (NATIVE, "random", "random_value", "fixed_native_key", "steering", "steering_gradient")
 """What the inclusion of every condition is compared with, trial by trial."""
-TRIAL = ["passage", "position", "target"]
+TRIAL = ["passage", "position", "target", "stratum"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,15 +25,18 @@ class InstallResult(Result):
 
     kind = "install"
 
-    def paired(self, condition: str, control: str, cell: str) -> pd.DataFrame:
-        """The trials of a condition with `control_included` of the same trial beside them.
+    def trials(self, cell: str) -> pd.DataFrame:
+        """The trials of one way to choose the cell, a row each, with a column per condition: whether the target appeared.
 
-        Raises `KeyError` for a condition, control or way to choose the cell that was not run.
+        Raises `KeyError` for a way that was not run.
         """
-        mine, other = (self._rows(name, cell) for name in (condition, control))
-        keys = TRIAL if control == NATIVE else [*TRIAL, "magnitude"]
-        beside = other[[*keys, "included"]].rename(columns={"included": "control_included"})
-        return mine.merge(beside, on=keys, validate="m:1")
+        of_cell = self.table[self.table["cell"] == cell]
+        if of_cell.empty:
+            raise KeyError(f"no trial with cell {cell!r}; there are {', '.join(self.table['cell'].unique())}")
+        wide = of_cell.pivot(index=[*TRIAL, "magnitude"], columns="condition", values="included").reset_index()
+        native = self.table[self.table["condition"] == NATIVE]
+        beside = native[[*TRIAL, "included"]].rename(columns={"included": NATIVE})
+        return wide.merge(beside, on=TRIAL, validate="m:1")
 
     def advantage(
         self,
@@ -50,22 +52,17 @@ class InstallResult(Result):
 
         One is clustered by prompt and target (the paper's trials hardly vary within them), one by passage alone, which
         also allows for prompts that give in to anything. `significant` where the lower ends of both are above 0.
+
+        Raises `KeyError` for a condition, control, stratum, magnitude or way to choose the cell that was not run.
         """
-        pairs = _part(self.paired(condition, control, cell), stratum, magnitude)
-        if pairs.empty:
-            raise KeyError(f"no trial of {condition!r} in stratum {stratum!r} at magnitude {magnitude!r}")
-        difference = pairs["included"].astype(float) - pairs["control_included"].astype(float)
-        trial, passage = pairs["passage"].astype(str) + "/" + pairs["target"].astype(str), pairs["passage"]
-        by_trial, by_passage = (_interval(difference, labels, n_resamples) for labels in (trial, passage))
-        return {
-            "difference": float(difference.mean()),
-            "by_prompt_and_target": by_trial,
-            "by_passage": by_passage,
-            "significant": bool(min(by_trial[0], by_passage[0]) > 0),
-            "n": len(pairs),
-            "clusters": int(trial.nunique()),
-            "passages": int(passage.nunique()),
-        }
+        trials = _part(self.trials(cell), stratum, magnitude)
+        for name in (condition, control):
+            if name not in trials:
+                known = ", ".join(str(column) for column in trials.columns if column not in (*TRIAL, "magnitude"))
+                raise KeyError(f"no condition {name!r} with cell {cell!r}; there are {known}")
+        if trials.empty:
+            raise KeyError(f"no trial in stratum {stratum!r} at magnitude {magnitude!r}")
+        return _advantage(trials, condition, control, n_resamples)
 
     def summary(self, n_resamples: int = 5000) -> list[dict[str, Any]]:
         """A row per cell choice, stratum, magnitude (also all together, as None) and condition.
@@ -76,11 +73,13 @@ class InstallResult(Result):
         edited = self.table[self.table["condition"] != NATIVE]
         rows = []
         for cell in edited["cell"].unique():
-            conditions = edited.loc[edited["cell"] == cell, "condition"].unique()
+            trials, of_cell = self.trials(str(cell)), edited[edited["cell"] == cell]
             for stratum in (*self.table["stratum"].unique(), None):
                 for magnitude in (*sorted(edited["magnitude"].unique()), None):
+                    here, measured = (_part(part, stratum, magnitude) for part in (trials, of_cell))
                     where = {"cell": str(cell), "stratum": stratum, "magnitude": magnitude}
-                    rows += [self._summarise(str(name), where, conditions, n_resamples) for name in conditions]
+                    for name, block in measured.groupby("condition", sort=False):
+                        rows.append({**where, **_summarise(str(name), block, here, n_resamples)})
         return rows
 
     def figure(self) -> Figure:
@@ -101,39 +100,44 @@ class InstallResult(Result):
             axes.legend(fontsize=7)
         return figure
 
-    def _rows(self, condition: str, cell: str) -> pd.DataFrame:
-        table = self.table
-        rows = table[(table["condition"] == condition) & ((table["cell"] == cell) | (condition == NATIVE))]
-        if rows.empty:
-            names = ", ".join(table["condition"].unique())
-            raise KeyError(f"no {condition!r} with cell {cell!r}; the conditions are {names}")
-        return rows
 
-    def _summarise(
-        self, condition: str, where: dict[str, Any], conditions: np.ndarray, n_resamples: int
-    ) -> dict[str, Any]:
-        rows = _part(self._rows(condition, where["cell"]), where["stratum"], where["magnitude"])
-        summary = {
-            **where,
-            "condition": condition,
-            "n": len(rows),
-            "inclusion": float(rows["included"].mean()),
-            "inclusion_by_passage": _interval(rows["included"].astype(float), rows["passage"], n_resamples),
-            "median_delta_logprob": float(rows["delta_logprob"].median()),
-            "median_rank_improvement": float(rows["rank_improvement"].median()),
-            "rank_improved": float((rows["rank_improvement"] > 0).mean()),
-            "mean_collateral_kl": float(rows["collateral_kl"].mean()),
-            "median_collateral_kl": float(rows["collateral_kl"].median()),
-            "mean_collateral_kl_reverse": float(rows["collateral_kl_reverse"].mean()),
-        }
-        for control in AGAINST:
-            if control != condition and (control == NATIVE or control in conditions):
-                found = self.advantage(condition, control, n_resamples=n_resamples, **where)
-                summary[f"over_{control}"] = found["difference"]
-                summary[f"over_{control}_by_prompt_and_target"] = found["by_prompt_and_target"]
-                summary[f"over_{control}_by_passage"] = found["by_passage"]
-                summary[f"over_{control}_significant"] = found["significant"]
-        return summary
+def _summarise(condition: str, rows: pd.DataFrame, trials: pd.DataFrame, n_resamples: int) -> dict[str, Any]:
+    summary = {
+        "condition": condition,
+        "n": len(rows),
+        "inclusion": float(rows["included"].mean()),
+        "inclusion_by_passage": _interval(rows["included"].astype(float), rows["passage"], n_resamples),
+        "native_inclusion": float(trials[NATIVE].mean()),
+        "median_delta_logprob": float(rows["delta_logprob"].median()),
+        "median_rank_improvement": float(rows["rank_improvement"].median()),
+        "rank_improved": float((rows["rank_improvement"] > 0).mean()),
+        "mean_collateral_kl": float(rows["collateral_kl"].mean()),
+        "median_collateral_kl": float(rows["collateral_kl"].median()),
+        "mean_collateral_kl_reverse": float(rows["collateral_kl_reverse"].mean()),
+    }
+    for control in AGAINST:
+        if control != condition and control in trials:
+            found = _advantage(trials, condition, control, n_resamples)
+            summary[f"over_{control}"] = found["difference"]
+            summary[f"over_{control}_by_prompt_and_target"] = found["by_prompt_and_target"]
+            summary[f"over_{control}_by_passage"] = found["by_passage"]
+            summary[f"over_{control}_significant"] = found["significant"]
+    return summary
+
+
+def _advantage(trials: pd.DataFrame, condition: str, control: str, n_resamples: int) -> dict[str, Any]:
+    difference = trials[condition].astype(float) - trials[control].astype(float)
+    trial, passage = trials["passage"].astype(str) + "/" + trials["target"].astype(str), trials["passage"]
+    by_trial, by_passage = (_interval(difference, labels, n_resamples) for labels in (trial, passage))
+    return {
+        "difference": float(difference.mean()),
+        "by_prompt_and_target": by_trial,
+        "by_passage": by_passage,
+        "significant": bool(min(by_trial[0], by_passage[0]) > 0),
+        "n": len(trials),
+        "clusters": int(trial.nunique()),
+        "passages": int(passage.nunique()),
+    }
 
 
 def _part(rows: pd.DataFrame, stratum: str | None, magnitude: float | None) -> pd.DataFrame:
