@@ -12,6 +12,8 @@ writesae erase       take away what atoms wrote, write them where they are silen
 writesae readers     find the later heads that read the writes of an atom
 writesae baselines   the same with what is no rank-1 dictionary: FlatSAE + SVD and others
 writesae encoder-swap  every pairing of encoder and decoder, at one budget
+writesae install     make tokens appear by writing into one head's memory, against controls
+writesae sign-test   edits of single cached states along a token's direction, measured against predicted
 writesae models      the models that ship with the package
 writesae partition   which atoms look like one native write, and whether there are two kinds
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
@@ -22,6 +24,7 @@ from writesae.cli import (
     cache,
     encoder_swap,
     erase,
+    install,
     logits,
     main,
     partition,
@@ -30,6 +33,7 @@ from writesae.cli import (
     readers,
     replace,
     reproduce,
+    sign_test,
     train,
 )
 from writesae.cli.base import app
@@ -40,6 +44,7 @@ __all__ = [
     "cache",
     "encoder_swap",
     "erase",
+    "install",
     "logits",
     "main",
     "partition",
@@ -48,5 +53,6 @@ __all__ = [
     "readers",
     "replace",
     "reproduce",
+    "sign_test",
     "train",
 ]
