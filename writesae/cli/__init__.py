@@ -6,11 +6,12 @@ writesae cache       keep what they are trained on on disk, and list what is the
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae erase       take away what atoms wrote, write them where they are silent
 writesae readers     find the later heads that read the writes of an atom
+writesae steer       generate with amplified atoms, and with controls of equal norm
 writesae models      the models that ship with the package
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, erase, main, readers, train
+from writesae.cli import cache, erase, main, readers, steer, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "erase", "main", "readers", "train"]
+__all__ = ["app", "cache", "erase", "main", "readers", "steer", "train"]
