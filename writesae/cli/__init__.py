@@ -14,6 +14,7 @@ writesae baselines   the same with what is no rank-1 dictionary: FlatSAE + SVD a
 writesae encoder-swap  every pairing of encoder and decoder, at one budget
 writesae install     make tokens appear by writing into one head's memory, against controls
 writesae sign-test   edits of single cached states along a token's direction, measured against predicted
+writesae steer       generate with amplified atoms, and with controls of equal norm
 writesae models      the models that ship with the package
 writesae partition   which atoms look like one native write, and whether there are two kinds
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
@@ -34,6 +35,7 @@ from writesae.cli import (
     replace,
     reproduce,
     sign_test,
+    steer,
     train,
 )
 from writesae.cli.base import app
@@ -54,5 +56,6 @@ __all__ = [
     "replace",
     "reproduce",
     "sign_test",
+    "steer",
     "train",
 ]

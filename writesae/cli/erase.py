@@ -37,15 +37,15 @@ def erase(
     with plain_errors():
         from writesae.evaluation.erasure import ErasureConfig, erasure
 
-        options = {
-            "count": count,
-            "per_atom": per_atom,
-            "writes": writes,
-            "horizon": horizon,
-            "form": form,
-            "seed": seed,
-        }
-        config = ErasureConfig(atoms=tuple(atom) if atom else None, **options)
+        config = ErasureConfig(
+            atoms=tuple(atom) if atom else None,
+            count=count,
+            per_atom=per_atom,
+            writes=writes,
+            horizon=horizon,
+            form=form,
+            seed=seed,
+        )
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
         with progress() as tell:
             result = erasure(

@@ -37,8 +37,14 @@ def readers(
         from writesae.evaluation.readers import ReadersConfig
         from writesae.evaluation.readers import readers as find_readers
 
-        options = {"count": count, "per_atom": per_atom, "horizon": horizon, "form": form, "seed": seed}
-        config = ReadersConfig(atoms=tuple(atom) if atom else None, **options)
+        config = ReadersConfig(
+            atoms=tuple(atom) if atom else None,
+            count=count,
+            per_atom=per_atom,
+            horizon=horizon,
+            form=form,
+            seed=seed,
+        )
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
         with progress() as tell:
             result = find_readers(

@@ -1,6 +1,6 @@
 """What an erasure study does, drawn before anything runs: halves, firings, silent positions, random atoms and tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -108,14 +108,24 @@ class _Planner:
         dose: float,
         coefficient: float,
         token: int,
-        conditions: dict[str, Callable[[Reading], tuple[Edit, ...]]],
+        conditions: Mapping[str, Callable[[Any], tuple[Edit, ...]]],
     ) -> None:
         for condition, made in conditions.items():
-            edits = {reading: made(reading) for reading in get_args(Reading)}
-            shared = {"test": test, "half": half, "atom": self.atom, "control": self.control, "condition": condition}
-            where = {"passage": place[0], "position": place[1], "random_token": token}
             self.trials.append(
-                Trial(index=len(self.trials), dose=dose, coefficient=coefficient, edits=edits, **shared, **where)
+                Trial(
+                    index=len(self.trials),
+                    test=test,
+                    half=half,
+                    atom=self.atom,
+                    control=self.control,
+                    condition=condition,
+                    dose=dose,
+                    passage=place[0],
+                    position=place[1],
+                    coefficient=coefficient,
+                    random_token=token,
+                    edits={reading: made(reading) for reading in get_args(Reading)},
+                )
             )
 
     @property
@@ -133,8 +143,8 @@ class _Planner:
         sides, form = {}, self.config.form
         if op == "replace":
             sides, form = {"key": self.writes.key[place], "value": self.writes.value[place]}, "additive"
-        edit = WriteEdit(self.layer, self.head, place[1], op, batch=place[0], form=form, reading=reading, **sides)
-        return (edit,)
+        where: dict[str, Any] = {"batch": place[0], "form": form, "reading": reading}
+        return (WriteEdit(self.layer, self.head, place[1], op, **sides, **where),)
 
     def _token(self) -> int:
         return int(torch.randint(self.d_vocab, (1,), generator=self.generator))

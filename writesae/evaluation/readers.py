@@ -11,8 +11,8 @@ cell, in the same passage, at a random position where the atom is silent, whose 
 not care whether the write was the atom's. Heads below the edit, or beside it in its layer, cannot read it and are left out:
 the correlational measure of the WriteSAE paper names readers that lie before the write.
 
-`specificity` is the ratio over the geometric mean of the ratios of all later heads: an atom whose firings carry writes that
-matter more to everything has large ratios everywhere, and a specificity of 1.
+`specificity` is the ratio over the geometric mean of the ratios of all later heads, pair by pair: an atom whose firings carry
+writes that matter more to everything has large ratios everywhere, and a specificity of 1.
 """
 
 import re

@@ -26,11 +26,13 @@ class ReadersResult(Result):
     kind = "readers"
 
     def pairs(self) -> pd.DataFrame:
-        """A row per pair and later head: change at the firing, at its control, and log_ratio of the two."""
+        """A row per pair and later head: change at the firing, at its control, log_ratio of the two, and `above`, how far that
+        lies above the mean over the later heads of the same pair."""
         place = ["atom", "pair", "passage", "layer", "head"]
         wide = self.table.pivot_table(index=place, columns="kind", values="change").reset_index()
         smallest = np.finfo(float).tiny
         wide["log_ratio"] = np.log(wide["firing"].clip(lower=smallest)) - np.log(wide["control"].clip(lower=smallest))
+        wide["above"] = wide["log_ratio"] - wide.groupby("pair")["log_ratio"].transform("mean")
         return wide.rename_axis(columns=None)
 
     def floor(self) -> float:
@@ -40,28 +42,32 @@ class ReadersResult(Result):
     def summary(self, strongest: int | None = None, n_resamples: int = N_RESAMPLES) -> list[dict[str, Any]]:
         """A row per atom and later head (and per head over all atoms), the strongest reader first.
 
-        `ratio` and `specificity` as in `readers.py`, the ratio with an interval clustered by passage; `p_passages` is of
-        Wilcoxon's test of the mean log ratios of passages against 0, and `p_holm` adjusts it over all atoms and heads (for the
-        pooled rows over heads). `strongest` keeps that many readers of each atom.
+        `ratio` and `specificity` as in `readers.py`, with intervals clustered by passage; `p_ratio` and `p_specificity` are of
+        Wilcoxon's test of the passages' mean logarithms against 0, and `holm_ratio` and `holm_specificity` adjust them over all
+        atoms and heads (for the pooled rows over heads). `strongest` keeps that many readers of each atom.
         """
         pairs, rows = self.pairs(), []
-        pooled = with_holm(self._of(ALL, pairs, n_resamples))
+        pooled = self._of(ALL, pairs, n_resamples)
         single = [row for atom, mine in pairs.groupby("atom") for row in self._of(int(atom), mine, n_resamples)]
-        single = with_holm(single)
+        for name in ("ratio", "specificity"):
+            pooled, single = (with_holm(family, f"p_{name}", f"holm_{name}") for family in (pooled, single))
         for atom in (ALL, *sorted({row["atom"] for row in single})):
             mine = [row for row in (pooled if atom == ALL else single) if row["atom"] == atom]
             rows += sorted(mine, key=lambda row: -row["ratio"])[:strongest]
         return rows
 
     def _of(self, atom: int | str, pairs: pd.DataFrame, n_resamples: int) -> list[dict[str, Any]]:
-        level = float(pairs.groupby(["layer", "head"])["log_ratio"].mean().mean())
         norms = self.table.groupby(["pair", "kind"])["write_norm"].first().unstack()
         norms = norms.loc[pairs["pair"].unique()]
         matched, floor = float(np.median(norms["firing"] / norms["control"].clip(lower=1e-30))), self.floor()
         rows = []
         for (layer, head), mine in pairs.groupby(["layer", "head"]):
-            ratio = float(mine["log_ratio"].mean())
-            bounds = interval(mine["log_ratio"], mine["passage"], "mean", n_resamples)
+            estimates: dict[str, Any] = {}
+            for name, column in (("ratio", mine["log_ratio"]), ("specificity", mine["above"])):
+                bounds = interval(column, mine["passage"], "mean", n_resamples)
+                estimates[name] = float(np.exp(column.mean()))
+                estimates[f"{name}_interval"] = [float(np.exp(bound)) for bound in bounds]
+                estimates[f"p_{name}"] = passage_p(column, mine["passage"])
             rows.append(
                 {
                     "atom": atom,
@@ -70,13 +76,10 @@ class ReadersResult(Result):
                     "head": int(head),
                     "n": len(mine),
                     "n_passages": int(mine["passage"].nunique()),
-                    "ratio": float(np.exp(ratio)),
-                    "ratio_interval": [float(np.exp(bound)) for bound in bounds],
-                    "specificity": float(np.exp(ratio - level)),
+                    **estimates,
                     "median_change": float(mine["firing"].median()),
                     "median_change_control": float(mine["control"].median()),
                     "norm_ratio": matched,
-                    "p_passages": passage_p(mine["log_ratio"], mine["passage"]),
                     "floor": floor,
                 }
             )

@@ -16,7 +16,7 @@ from writesae.evaluation.erasure_plan import halves
 from writesae.evaluation.erasure_result import ErasureResult, slopes
 from writesae.evaluation.firings import encode_cell
 
-SMALL = {"count": 2, "per_atom": 6, "writes": 2, "horizon": 2, "first_position": 2, "doses": (1.0, 2.0), "seed": 5}
+SMALL = {"count": 2, "per_atom": 4, "writes": 2, "horizon": 2, "first_position": 2, "doses": (1.0, 2.0), "seed": 5}
 STUDIES = {}
 
 

@@ -96,7 +96,10 @@ def test_a_planted_reader_is_found():
     best = rows[0]
     assert best["ratio"] == pytest.approx(4, rel=0.03) and best["ratio_interval"][0] > 3.8
     assert best["specificity"] == pytest.approx(4 / 2**0.25, rel=0.03)  # the geometric mean of 1, 4, 1, 1/2
-    assert best["p_holm"] == pytest.approx(4 * best["p_passages"]) and best["p_holm"] < 0.05
+    for name in ("ratio", "specificity"):
+        adjusted = best[f"holm_{name}"]
+        assert adjusted == pytest.approx(4 * best[f"p_{name}"]) and adjusted < 0.05
+    assert 2.9 < best["specificity_interval"][0] < best["specificity"] < best["specificity_interval"][1] < 4
     assert (best["n"], best["n_passages"], best["norm_ratio"], best["floor"]) == (16, 8, 1.0, 1e-9)
     flat = planted([2.0, 2.0]).summary(n_resamples=50)
     assert all(row["specificity"] == pytest.approx(1, abs=0.05) for row in flat)
