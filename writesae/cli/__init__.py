@@ -17,6 +17,8 @@ writesae sign-test   edits of single cached states along a token's direction, me
 writesae steer       generate with amplified atoms, and with controls of equal norm
 writesae models      the models that ship with the package
 writesae partition   which atoms look like one native write, and whether there are two kinds
+writesae perplexity  what reconstructed memories cost the text that follows
+writesae selectivity the paper's selectivity, and why it says little
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
@@ -30,10 +32,12 @@ from writesae.cli import (
     main,
     partition,
     passage_test,
+    perplexity,
     population,
     readers,
     replace,
     reproduce,
+    selectivity,
     sign_test,
     steer,
     train,
@@ -51,10 +55,12 @@ __all__ = [
     "main",
     "partition",
     "passage_test",
+    "perplexity",
     "population",
     "readers",
     "replace",
     "reproduce",
+    "selectivity",
     "sign_test",
     "steer",
     "train",

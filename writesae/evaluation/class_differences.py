@@ -103,7 +103,7 @@ class ClassDifferencesResult(Result):
         row: dict[str, Any] = {"measure": name, "n": len(self.table)}
         if any(np.ptp(column) == 0 for column in columns):
             return row | {"correlation": float("nan")}
-        found = correlation(*columns, self.table["atom"], method, *self._draws())
+        found = correlation(columns[0], columns[1], self.table["atom"], method, *self._draws())
         return row | {"correlation": found.estimate, "correlation_interval": [found.low, found.high]}
 
     def _draws(self) -> tuple[int, int]:

@@ -257,6 +257,7 @@ def _matches(
         codes = encode_cell(model, other, tokens, layer, head).codes
         counted = slice(config.first_position, None)
         fired = torch.unique(codes.indices[:, counted][codes.active[:, counted]]).cpu()
-        for atoms, chosen in (("all", (None, None)), ("alive", (alive, fired))):
-            rows.append({"other": number, "atoms": atoms, **match_atoms(sae, other, *chosen, config.seed).to_dict()})
+        for atoms, of_first, of_second in (("all", None, None), ("alive", alive, fired)):
+            match = match_atoms(sae, other, of_first, of_second, config.seed)
+            rows.append({"other": number, "atoms": atoms, **match.to_dict()})
     return rows

@@ -149,7 +149,7 @@ class PartitionResult(Result):
 
     def _histogram(self, axes: Axes, alive: pd.DataFrame, form: str) -> None:
         cosine = alive[f"cosine_{form}"].astype(float)
-        edges = np.linspace(min(0.0, cosine.min()), max(cosine.max(), 0.2), 41)
+        edges = np.linspace(min(0.0, cosine.min()), max(cosine.max(), 0.2), 41).tolist()
         for label, colour in ((REGISTER, "tab:blue"), (BUNDLE, "tab:orange")):
             group = cosine[alive[f"mixture_{form}"] == label]
             axes.hist(group, edges, color=colour, alpha=0.7, label=f"{label} ({len(group)})")
@@ -188,9 +188,9 @@ def compare_hosts(
         raise ValueError(f"hosts are compared in pairs: give two partitions or more, got {len(partitions)}")
     rows = []
     for (first, one), (second, other) in combinations(partitions.items(), 2):
-        sides = [result.firings for result in (one, other)]
-        values, atoms = [side[f"cosine_{form}"] for side in sides], [side["atom"] for side in sides]
-        apart = ks_clustered(*values, *atoms, n_resamples=n_resamples, seed=seed)
+        name = f"cosine_{form}"
+        groups = one.firings[name], other.firings[name], one.firings["atom"], other.firings["atom"]
+        apart = ks_clustered(*groups, n_resamples=n_resamples, seed=seed)
         rows.append(
             {
                 "first": first,
