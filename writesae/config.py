@@ -13,6 +13,7 @@ from hooked_recurrent.config import StrictConfig, require_positive
 
 ENCODERS = ("bilinear", "tied", "linear")
 DECODERS = ("outer_product", "dense")
+STARTS = ("random", "samples")
 ACTIVATIONS = ("topk", "batch_topk", "jumprelu", "gated", "soft_gated")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
@@ -79,8 +80,12 @@ class WriteSAEConfig(StrictConfig):
     """Width of jumprelu's straight-through windows at the start, scaled units."""
     init_threshold: float = 1e-2
     """Threshold of every jumprelu atom at the start, scaled units."""
+    start: str = "random"
+    """What the atoms are at first: "random" outer products, or "samples", outer products of the calibration samples' leading
+    singular vectors, so that no atom starts where nothing is written. With one or two active atoms most random ones would never win
+    a sample, and stay dead."""
     seed: int = 0
-    """Seed of the random initial factors."""
+    """Seed of the random initial factors, and of the choice of samples to start from."""
 
     def __post_init__(self) -> None:
         owner = "WriteSAEConfig"
@@ -95,6 +100,7 @@ class WriteSAEConfig(StrictConfig):
         require_one_of(owner, "encoder", self.encoder, ENCODERS)
         require_one_of(owner, "decoder", self.decoder, DECODERS)
         require_one_of(owner, "activation", self.activation, ACTIVATIONS)
+        require_one_of(owner, "start", self.start, STARTS)
         if self.encoder == "tied" and self.decoder == "dense":
             raise ValueError("WriteSAEConfig.encoder 'tied' reads the decoder's factors, and decoder 'dense' has none")
         sizes = (0, *self.matryoshka, self.n_atoms + 1)

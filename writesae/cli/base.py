@@ -23,6 +23,9 @@ STAGES = {
     "steps": "training atoms",
     "survey": "surveying cells",
     "replace": "replacing writes",
+    "erase": "erasing atoms",
+    "readers": "deleting writes",
+    "steer": "steering",
 }
 
 Model = Annotated[

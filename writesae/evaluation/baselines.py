@@ -29,8 +29,8 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.evaluation.firings import CellWrites, encode_cell, trained_on
+from writesae.evaluation.head_to_head import against, intervals
 from writesae.evaluation.low_rank import LowRank
-from writesae.evaluation.paired import against, intervals
 from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacement_result import ReplacementResult
 from writesae.evaluation.result import Result, Told

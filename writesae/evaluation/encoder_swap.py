@@ -31,7 +31,7 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.files import plain, write_text
 from writesae.config import PRESETS, TrainConfig, WriteSAEConfig, require_one_of
 from writesae.evaluation.firings import encode_cell
-from writesae.evaluation.paired import intervals
+from writesae.evaluation.head_to_head import intervals
 from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.result import Result, Told
 from writesae.sae.samples import Factored

@@ -1,40 +1,66 @@
-"""Two things put in the same writes' places: who wins more often against deletion, and whose KL is smaller."""
+"""What a column of paired changes amounts to when its rows come from passages: estimates, intervals, tests.
+
+Rows of one passage resemble each other. So there are two p-values: `p_rows`, Wilcoxon's over all rows as the WriteSAE paper
+takes it, which overstates what was learned; and `p_passages`, Wilcoxon's over the mean change of each passage, which does not.
+"""
 
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from writesae.evaluation.statistics import Numbers, Statistic, cliffs_delta, cluster_bootstrap, paired_wilcoxon
-
-_NOTHING = 1e-12  # nats; a KL below it is rounding, and has no logarithm worth looking at
+from writesae.evaluation.statistics import Numbers, Statistic, cluster_bootstrap, paired_wilcoxon
 
 
-def intervals(values: Numbers, clusters: np.ndarray, statistic: Statistic, n_resamples: int) -> list[float]:
-    """The 95% interval of a statistic when clusters were sampled; NaN where one cluster holds everything."""
+def interval(
+    values: Numbers,
+    clusters: Numbers,
+    statistic: Statistic = "mean",
+    n_resamples: int = 5000,
+) -> list[float]:
+    """[low, high] of a statistic by a bootstrap over clusters; NaN where there are fewer than two of them."""
+    values, clusters = np.asarray(values, dtype=float), np.asarray(clusters)
     if len(np.unique(clusters)) < 2:
         return [float("nan"), float("nan")]
-    found = cluster_bootstrap(np.asarray(values, dtype=float), clusters, statistic, n_resamples=n_resamples)
+    found = cluster_bootstrap(values, clusters, statistic, n_resamples=n_resamples)
     return [found.low, found.high]
 
 
-def against(
-    kl: np.ndarray, reference: np.ndarray, delete: np.ndarray, passages: np.ndarray, floor: float, n_resamples: int
-) -> dict[str, Any]:
-    """Compare KLs with a reference's at the same firings (nats, all [firing]).
+def passage_p(values: Numbers, clusters: Numbers) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test over the mean of every cluster; NaN for fewer than two clusters."""
+    means = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(clusters)).mean().to_numpy()
+    return paired_wilcoxon(means, np.zeros_like(means)).p_value if len(means) > 1 else float("nan")
 
-    difference: win rate against deletion minus the reference's, with its interval over passages; log_ratio: median of
-    log(KL / KL of the reference), where a KL below the floor counts as the floor, with its interval; cliffs_delta (all pairs,
-    above 0 where these KLs are the larger); closer, the share of firings with the smaller KL; wilcoxon_p of the pairs.
-    """
-    least = max(floor, _NOTHING)
-    gained = (kl < delete).astype(float) - (reference < delete).astype(float)
-    ratio = np.log(np.maximum(kl, least) / np.maximum(reference, least))
+
+def change(values: pd.Series, clusters: pd.Series, n_resamples: int = 5000) -> dict[str, Any]:
+    """A column of changes in numbers: n, n_passages, median and mean with intervals clustered by passage, both p-values."""
+    column = values.to_numpy(dtype=float)
     return {
-        "difference": float(gained.mean()),
-        "difference_by_passage": intervals(gained, passages, "mean", n_resamples),
-        "log_ratio": float(np.median(ratio)),
-        "log_ratio_by_passage": intervals(ratio, passages, "median", n_resamples),
-        "cliffs_delta": cliffs_delta(kl, reference),
-        "closer": float((kl < reference).mean()),
-        "wilcoxon_p": paired_wilcoxon(kl, reference).p_value if len(kl) > 1 else float("nan"),
+        "n": len(column),
+        "n_passages": int(clusters.nunique()),
+        "median": float(np.median(column)),
+        "median_interval": interval(column, clusters, "median", n_resamples),
+        "mean": float(column.mean()),
+        "mean_interval": interval(column, clusters, "mean", n_resamples),
+        "p_rows": paired_wilcoxon(column, np.zeros_like(column)).p_value if len(column) > 1 else float("nan"),
+        "p_passages": passage_p(column, clusters),
     }
+
+
+def holm_adjusted(p_values: list[float]) -> np.ndarray:
+    """What `statistics.holm` gives, for many small families: statsmodels collects garbage in every call, which takes as long
+    as all the rest of a summary once a model is in memory."""
+    column = np.asarray(p_values, dtype=float)
+    order = np.argsort(column, kind="stable")
+    steps = np.maximum.accumulate(column[order] * np.arange(len(column), 0, -1))
+    adjusted = np.empty_like(column)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+def with_holm(rows: list[dict[str, Any]], p: str = "p_passages", name: str = "p_holm") -> list[dict[str, Any]]:
+    """The rows of one family with Holm's adjustment of their p-values added; a row without a p-value gets none."""
+    known = [index for index, row in enumerate(rows) if np.isfinite(row[p])]
+    adjusted = holm_adjusted([rows[index][p] for index in known])
+    corrected = {index: float(value) for index, value in zip(known, adjusted, strict=True)}
+    return [row | {name: corrected.get(index, float("nan"))} for index, row in enumerate(rows)]

@@ -238,7 +238,8 @@ class WriteSAE(nn.Module):
 
     @torch.no_grad()
     def calibrate_(self, samples: Samples | Float[Tensor, "batch d_k"], value: Tensor | None = None) -> None:
-        """Measure the scale, the variance and (with `center`) the mean on these samples, once, before training.
+        """Measure the scale, the variance and (with `center`) the mean on these samples, once, before training; with `start` =
+        "samples" also make each atom one of them.
 
         The encoder is then amplified by the one factor that makes its reconstructions of these samples best: the k most
         excited of many random atoms overlap, and together they may overshoot by far.
@@ -253,6 +254,8 @@ class WriteSAE(nn.Module):
         if not power > 0:
             raise ValueError("every write given to calibrate_ is zero: this head writes nothing on these tokens")
         mean = samples.mean()
+        if self.config.start == "samples":
+            self._start_from_(samples.to(dtype=self.dtype))
         self.input_scale.copy_(power.rsqrt())
         self.input_variance.copy_(((power - mean.square().sum()) / power).clamp_min(1e-12))
         if self.mean is not None:
@@ -266,6 +269,19 @@ class WriteSAE(nn.Module):
             if self.encoder.bias is not None:
                 self.encoder.bias.mul_(best)
             self.activation.amplify_(best)
+
+    def _start_from_(self, samples: Samples) -> None:
+        """Make atoms of samples drawn without replacement, encoder and decoder alike; where there are too few, the last atoms
+        stay random.
+        """
+        generator = torch.Generator().manual_seed(self.config.seed)
+        there = (samples.squared_norms() > 0).nonzero().squeeze(1).cpu()
+        drawn = there[torch.randperm(len(there), generator=generator)[: self.config.n_atoms]].to(samples.device)
+        chosen, atoms = samples.take(drawn), torch.arange(len(drawn), device=samples.device)
+        leading = chosen.leading(atoms)
+        self.decoder.reset_(atoms, chosen, leading)
+        self.decoder.normalise_()
+        self.encoder.reset_(atoms, chosen, leading, atoms[:0], 1.0)
 
     def _best_amplitude(self, samples: Samples) -> Tensor:
         """The b that minimises sum |X - mean - b sum_i a_i A_i|^2: inner products over squared norms."""

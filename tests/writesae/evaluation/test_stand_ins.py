@@ -8,7 +8,7 @@ from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae import WriteSAE, WriteSAEConfig
 from writesae.evaluation import stand_ins
 from writesae.evaluation.firings import Firing, encode_cell
-from writesae.evaluation.paired import against, intervals
+from writesae.evaluation.head_to_head import against, intervals
 
 HERE = Firing(1, 7, 0, 1.0, 0, 1.0)
 
