@@ -181,6 +181,10 @@ def baselines(
         came = "dense" if sae.config.decoder == "dense" else f"of rank {sae.config.rank}"
         raise ValueError(f"the baselines stand beside atoms of rank 1, but those of this dictionary are {came}")
     source = trained_on(sae, layer, head)
+    if source.form != "additive":
+        raise ValueError(
+            f"the baselines stand in for additive writes, but the dictionary was trained on {source.form} writes"
+        )
     jobs = [
         Job("flat", source, flat_config(sae.config)),
         Job("rank2", source, replace(sae.config, rank=2)),

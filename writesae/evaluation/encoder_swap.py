@@ -278,10 +278,10 @@ def _measure(
     for (preset, seed), sae in dictionaries.items():
         writes = encode_cell(model, sae, tokens, layer, head)
         atom = stand_ins.strongest(sae, writes, whole=False)
-        others[f"{preset}.{seed}.atom_coef"] = atom
-        others[f"{preset}.{seed}.atom_norm"] = stand_ins.native_norm(atom, writes)
+        others[f"{preset}_s{seed}_atom_coef"] = atom
+        others[f"{preset}_s{seed}_atom_norm"] = stand_ins.native_norm(atom, writes)
         rebuilt = stand_ins.native_norm(stand_ins.reconstructed(sae, writes), writes)
-        others[f"{preset}.{seed}.reconstruction_norm"] = rebuilt
+        others[f"{preset}_s{seed}_reconstruction_norm"] = rebuilt
         sides = (side[:, config.first_position :].flatten(0, 1) for side in (writes.key, writes.value))
         quality[preset, seed] = _quality(sae, Factored(*sides))
     test = replacement(
@@ -294,8 +294,8 @@ def _measure(
             for stand_in in STAND_INS:
                 row: dict[str, Any] = {"layer": layer, "head": head, "preset": preset, "seed": seed}
                 row |= {**quality[preset, seed], "reading": reading, "stand_in": stand_in}
-                itself = None if (preset, seed) == first else f"kl_{first[0]}.{first[1]}.{stand_in}"
-                row |= _wins(table, f"kl_{preset}.{seed}.{stand_in}", itself)
+                itself = None if (preset, seed) == first else f"kl_{first[0]}_s{first[1]}_{stand_in}"
+                row |= _wins(table, f"kl_{preset}_s{seed}_{stand_in}", itself)
                 rows.append(row | {"floor_max": test.floor(reading)[1]})
     return rows
 

@@ -59,8 +59,8 @@ class PopulationConfig(StrictConfig):
     """Tokens after the firing over which the horizon reading averages."""
     first_position: int = 8
     """Earliest position of a firing."""
-    form: str = "additive"
-    """What the native write is: "additive", or "net" with the erase (decision D1)."""
+    form: str | None = None
+    """What the native write is: "additive", or "net" with the erase (decision D1); None leaves it to the replacement test."""
     seed: int = 2026
     """Seed of the choice of atoms and firings, and of the random controls."""
 
@@ -78,8 +78,8 @@ class PopulationConfig(StrictConfig):
             total=self.n_atoms * self.per_atom,
             horizon=self.horizon,
             first_position=self.first_position,
-            form=self.form,
             seed=self.seed,
+            **({} if self.form is None else {"form": self.form}),  # type: ignore[arg-type]
         )
 
 

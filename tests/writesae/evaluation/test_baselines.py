@@ -132,6 +132,9 @@ def test_what_cannot_be_compared_is_refused():
         other.provenance["training"] = TRAINING.to_dict()
         with pytest.raises(ValueError, match=word):
             baselines(model, other, tokens, **run)
+    sae.provenance["form"] = "net"
+    with pytest.raises(ValueError, match="trained on net writes"):
+        baselines(model, sae, tokens, **run)
     del sae.provenance["training"]
     with pytest.raises(ValueError, match="does not say how it was trained"):
         baselines(model, sae, tokens, **run)
