@@ -3,12 +3,13 @@
 writesae demo        the whole experiment on a bundled model, with a report
 writesae train       learn dictionaries, of one head or of many, from flags or a file
 writesae cache       keep what they are trained on on disk, and list what is there
+writesae objectives  compare what dictionaries are taught, by how well their atoms replace writes
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae models      the models that ship with the package
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
-from writesae.cli import cache, main, train
+from writesae.cli import cache, main, objectives, train
 from writesae.cli.base import app
 
-__all__ = ["app", "cache", "main", "train"]
+__all__ = ["app", "cache", "main", "objectives", "train"]

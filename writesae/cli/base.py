@@ -23,6 +23,7 @@ STAGES = {
     "steps": "training atoms",
     "survey": "surveying cells",
     "replace": "replacing writes",
+    "dictionaries": "dictionaries",
 }
 
 Model = Annotated[

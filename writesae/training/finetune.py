@@ -57,7 +57,7 @@ class FinetuneConfig(StrictConfig):
     """Largest norm of the whole gradient; 0 clips nothing."""
     first_position: int = 8
     """Earliest position of a firing."""
-    steps_per_pass: int = 16
+    steps_per_pass: int = 32
     """Steps, each at a position of its own, that use the snapshots of one plain pass over their passages."""
     log_every: int = 25
     """Steps between two lines of the log, which are means over the steps since the last one."""
