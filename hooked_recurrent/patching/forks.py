@@ -8,7 +8,7 @@ same edit, up to rounding.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, zip_longest
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.nn import Module
 
 from hooked_recurrent.display import OneLine
 from hooked_recurrent.edits import Edit, WriteEdit
+from hooked_recurrent.edits.activation import BLOCK
+from hooked_recurrent.hooks import RecurrentHookPoint, reads_only
 from hooked_recurrent.model import HookedRecurrentModel
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.validation import check_edits, check_tokens
@@ -38,6 +40,8 @@ class Fork(OneLine):
     """Its first edited position, which is that of logits[0]."""
     logits: Float[Tensor, "pos d_vocab"]
     """From that position to the horizon; with `last_only` at the horizon alone."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """Per hook of `keep` its activation [pos, ...], from that position to the horizon."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,6 +113,8 @@ class _Batch:
         return _Batch((*self.jobs, *other.jobs), max(self.end, other.end), self.alone + other.alone)
 
 
+# Their axes are query and key positions, of which a fork runs a few queries alone.
+SQUARE = ("hook_attn_scores", "hook_pattern")
 # A batch of fewer tokens than this waits for the weights to be read from memory, whatever it computes.
 FREE_TOKENS = 32
 # Running from an earlier position than its own costs a job tokens; a batch may have this share of them more than its jobs need.
@@ -124,6 +130,7 @@ def run_edits(
     memory: int = 2**30,
     trunk: Trunk | None = None,
     last_only: bool = False,
+    keep: Collection[str] = (),
     done: Collection[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Fork]:
@@ -141,6 +148,7 @@ def run_edits(
         trunk: the kept pass of the one text in `tokens`; grown here when left out. States that it lacks are made anew, from
             the last one before them.
         last_only: keep only the logits at the horizon's end, which saves most of the unembedding.
+        keep: names of hooks whose activations every fork brings along, as functions attached to them left them.
         done: indices to leave out, for instance because an earlier run measured them.
         on_progress: told (how many are done, how many there are) after every batch.
 
@@ -150,7 +158,8 @@ def run_edits(
     Raises:
         ValueError, IndexError, TypeError: before anything runs, for tokens that are none, an intervention without edits, one
             whose rows differ or are missing, a hook outside the blocks, a site that does not exist or lies behind the
-            horizon, or a trunk of another text.
+            horizon, a hook to keep that lies below an intervention, or a trunk of another text.
+        KeyError: for a hook to keep that the model does not have, with the nearest names.
     """
     if horizon is not None and horizon < 0:
         raise ValueError(f"horizon must be at least 0, got {horizon}")
@@ -160,6 +169,7 @@ def run_edits(
         )
     tokens = check_tokens(tokens, model.cfg.d_vocab).to(model.device)
     jobs = [_job(model, tokens, index, given, horizon) for index, given in enumerate(interventions)]
+    kept = _hooks_to_keep(model, keep, jobs)
     if trunk is not None:
         earliest = min(trunk.states)
         if len(tokens) != 1:
@@ -170,7 +180,7 @@ def run_edits(
             if job.position < earliest:
                 raise ValueError(f"the trunk holds no state at or before {job.position}; its first is at {earliest}")
     in_order = sorted(jobs, key=lambda job: (job.row, job.position, job.index))
-    plan = _Plan(model, tokens, horizon, memory, last_only, frozenset(done))
+    plan = _Plan(model, tokens, horizon, memory, last_only, kept, frozenset(done))
     return plan.run(in_order, trunk, on_progress)
 
 
@@ -204,6 +214,23 @@ def _job(model: HookedRecurrentModel, tokens: Tensor, index: int, given: object,
     return _Job(index, tuple(edit.in_rows(None) for edit in edits), row, layer, first)
 
 
+def _hooks_to_keep(model: HookedRecurrentModel, keep: Collection[str], jobs: Sequence[_Job]) -> tuple[str, ...]:
+    """The names without repetition, or an error for one that some job never comes by."""
+    if isinstance(keep, str):
+        raise TypeError(f"keep must be several names of hooks, got a single one: put {keep!r} into a list")
+    names = tuple(dict.fromkeys(model.checked_hook_name(name) for name in keep))
+    for name in names:
+        if name.endswith(SQUARE):
+            raise ValueError(f"{name} cannot be kept: its axes are query and key positions")
+        block = BLOCK.match(name)
+        if block is None and not name.startswith("ln_final."):
+            raise ValueError(f"{name} cannot be kept: a fork enters at a block, above it")
+        for job in jobs:
+            if block is not None and int(block[1]) < job.layer:
+                raise ValueError(f"{name} cannot be kept: intervention {job.index} enters at layer {job.layer}, above it")
+    return names
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How the jobs of a call become batches, and what runs them."""
@@ -213,6 +240,7 @@ class _Plan:
     horizon: int | None
     memory: int
     last_only: bool
+    keep: tuple[str, ...]
     done: frozenset[int]
 
     def run(
@@ -288,7 +316,9 @@ class _Plan:
         cfg = self.model.cfg
         activations = length * (16 * cfg.d_model + 4 * (cfg.d_mlp or 0))
         logits = cfg.d_vocab * (1 if self.last_only else length)
-        return (activations + logits + 2 * cfg.n_heads * cfg.d_k * cfg.d_v) * self.model.W_E.element_size()
+        matrix, vector = cfg.n_heads * cfg.d_k * cfg.d_v, max(cfg.d_model, cfg.n_heads * max(cfg.d_k, cfg.d_v))
+        kept = length * sum(matrix if name.endswith(("hook_write", "hook_state")) else vector for name in self.keep)
+        return (activations + logits + kept + 2 * matrix) * self.model.W_E.element_size()
 
     def _side_by_side(self, batch: _Batch, state: RecurrentState, trunk: Trunk) -> Iterator[Fork]:
         """One batch: a row per job, all from the same state."""
@@ -297,7 +327,8 @@ class _Plan:
         first = ends - 1 if self.last_only else torch.tensor([job.position for job in batch.jobs]) - batch.start
         count = int((ends - first).max())
         layer, here = batch.jobs[0].layer, slice(batch.start, batch.end)
-        with torch.no_grad():
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.keep}
+        with torch.no_grad(), self.model.hooks(fwd_hooks=[(name, self._keeper(kept)) for name in self.keep]):
             logits = self.model.run_from(
                 layer,
                 trunk.inputs[layer][:, here],
@@ -307,9 +338,22 @@ class _Plan:
                 edits=edits,
                 at=(first[:, None] + torch.arange(count)).clamp(max=batch.length - 1).to(self.tokens.device),
             )
-        for job, made, length in zip(batch.jobs, logits, (ends - first).tolist(), strict=True):
+        # a function that edits hook_state has it fire once per position
+        activations = {name: torch.cat(parts, dim=1) for name, parts in kept.items()}
+        for row, (job, made, length) in enumerate(zip(batch.jobs, logits, (ends - first).tolist(), strict=True)):
             if job.index not in self.done:
-                yield Fork(job.index, job.row, job.position, made[:length])
+                span = slice(job.position - batch.start, int(ends[row]))
+                mine = {name: whole[row, span] for name, whole in activations.items()}
+                yield Fork(job.index, job.row, job.position, made[:length], mine)
+
+    def _keeper(self, kept: dict[str, list[Tensor]]) -> Callable:
+        depth = self.model.clock.depth + 1
+
+        def keep(tensor: Tensor, hook: RecurrentHookPoint) -> None:
+            if self.model.clock.depth == depth:  # not in a call that a hook function makes
+                kept[str(hook.name)].append(tensor)
+
+        return reads_only(keep)
 
 
 def _merged(slot: Sequence[Edit | None]) -> Iterator[Edit]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class LowRank:
 
     def norm(self) -> float:
         """Frobenius norm, from the Gram matrices of the factors in float64."""
-        key, value = self.key.double(), self.value.double()
+        key, value = self.key.detach().double(), self.value.detach().double()
         return float(((key @ key.T) * (value @ value.T)).sum().clamp(min=0).sqrt())
 
     def inner(self, other: "LowRank") -> float:
@@ -30,6 +31,14 @@ class LowRank:
         """Frobenius cosine; 0 where one of the two is zero."""
         scale = self.norm() * other.norm()
         return self.inner(other) / scale if scale > 0 else 0.0
+
+    def matrix(self) -> Float[Tensor, "d_k d_v"]:
+        """The matrix itself."""
+        return self.key.T @ self.value
+
+    def to(self, device: torch.device | str) -> "LowRank":
+        """The same elsewhere."""
+        return LowRank(self.key.to(device), self.value.to(device))
 
     def times(self, factor: float) -> "LowRank":
         """The matrix scaled."""

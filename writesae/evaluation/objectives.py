@@ -44,8 +44,7 @@ MEASURED = 4096  # held-out samples for the unexplained variance
 
 @dataclass(frozen=True)
 class ObjectivesConfig(StrictConfig):
-    """Which objectives are compared, how often, and at what budget. The defaults take some ten minutes on one core and a model of
-    a few million parameters."""
+    """Which objectives are compared, how often, and at what budget."""
 
     objectives: tuple[str, ...] = COMPARED
     """Names of `writesae.training.objectives.OBJECTIVES`."""

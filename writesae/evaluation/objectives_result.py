@@ -118,8 +118,8 @@ class ObjectivesResult(Result):
                 found[f"{name}_sd"] = float(mine[name].std(ddof=1)) if len(mine) > 1 else float("nan")
         found |= {name: float(mine[name].mean()) for name in _MIDDLE if name in mine}
         counts = self._counts(reading).loc[objective]
-        won = np.concatenate(
-            [np.r_[np.ones(w), np.zeros(n - w)] for w, n in zip(counts["wins"], counts["firings"], strict=True)]
+        won = np.repeat(
+            np.tile([1.0, 0.0], len(counts)), np.c_[counts["wins"], counts["firings"] - counts["wins"]].ravel()
         )
         found["by_passage"] = [float("nan")] * 2
         if len(counts) > 1:

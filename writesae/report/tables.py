@@ -20,8 +20,10 @@ CONDITIONS = {
     "native": "the write itself, put back (the floor)",
     "atom_listed_coef": "the listed atom at its coefficient",
     "atom_listed_norm": "the listed atom at the write's norm",
+    "atom_listed_best": "the listed atom at the size that fits the write best",
     "atom_dominant_coef": "the strongest active atom at its coefficient",
     "atom_dominant_norm": "the strongest active atom at the write's norm",
+    "atom_dominant_best": "the strongest active atom at the size that fits the write best",
     "delete": "nothing: the write deleted",
     "random_listed_coef": "a random atom at the listed atom's coefficient",
     "random_dominant_coef": "a random atom at the strongest atom's coefficient",
@@ -35,8 +37,10 @@ SHORT_CONDITIONS = {
     "native": "write put back",
     "atom_listed_coef": "listed atom",
     "atom_listed_norm": "listed atom, write's norm",
+    "atom_listed_best": "listed atom, best size",
     "atom_dominant_coef": "strongest atom",
     "atom_dominant_norm": "strongest atom, write's norm",
+    "atom_dominant_best": "strongest atom, best size",
     "delete": "deletion",
     "random_listed_coef": "random atom",
     "random_dominant_coef": "random atom, strongest's size",
@@ -166,7 +170,8 @@ def replacement_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
     """The rows of `ReplacementResult.summary()`, named by reading and substitute, shares with their intervals."""
     table = {}
     for row in rows:
-        substitute = words(f"atom_{row['pool']}_{row['scale']}", SHORT_CONDITIONS)
+        given = row["pool"] if row["scale"] == "given" else f"atom_{row['pool']}_{row['scale']}"
+        substitute = words(given, SHORT_CONDITIONS)
         low, high = row["wilson"]
         table[f"{words(row['reading'], READINGS)}: {substitute}"] = {
             "firings": row["n"],

@@ -8,6 +8,7 @@ from rich.table import Table
 
 READINGS = {"in_recurrence": "at t", "cache": "at t + 1", "horizon": "next ones"}
 POOLS = {"listed": "listed", "dominant": "strongest"}
+SCALES = {"norm": ", norm", "best": ", best"}
 HEADLINE = ("dominant", "coef")
 
 
@@ -78,7 +79,8 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
     table = Table(
         title=f"replacement test, layer {cell[0]}, head {cell[1]}: {summary[0]['n']} firings",
         caption="A win: the atom moves the output less than deleting the write does. An atom stands at its coefficient, "
-        "or at the native write's norm. KL(edited || native): medians in nats. Intervals: bootstrap over passages. "
+        "at the native write's norm, or (best) at the size that fits the write best. KL(edited || native): medians in nats. "
+        "Intervals: bootstrap over passages. "
         f"The native write put back in its place: at most {floor:.0e} nats.",
         box=SIMPLE_HEAD,
     )
@@ -91,7 +93,7 @@ def replacement_table(summary: list[dict[str, Any]], cell: tuple[int, int]) -> T
         low, high = row["by_passage"]
         table.add_row(
             READINGS.get(row["reading"], row["reading"]) if row["reading"] != before else "",
-            POOLS[row["pool"]] + ("" if row["scale"] == "coef" else ", norm"),
+            POOLS.get(row["pool"], row["pool"]) + SCALES.get(row["scale"], ""),
             f"{row['win_rate']:.1%}",
             f"{100 * low:.0f}-{100 * high:.0f}",
             *(f"{row[f'median_kl_{name}']:.1e}" for name in ("atom", "delete", "random")),
@@ -110,6 +112,15 @@ def summary_table(rows: list[dict[str, Any]], title: str) -> Table:
         table.add_column(name.replace("_", " "), justify="left" if words else "right")
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
+    return table
+
+
+def claims_table(claims: list[dict[str, Any]]) -> Table:
+    """Which way effects point: a row per claim, those that fail in red."""
+    table = Table("step", "claim", "measured", "", title="effects and their directions", box=SIMPLE_HEAD)
+    for claim in claims:
+        verdict = "yes" if claim["certain"] else "yes, by the estimate" if claim["holds"] else "no"
+        table.add_row(claim["step"], claim["text"], claim["measured"], verdict, style=None if claim["holds"] else "red")
     return table
 
 

@@ -120,8 +120,8 @@ def train_objective(
 ) -> TrainResult:
     """A dictionary of one cell taught by one objective of `OBJECTIVES`, on training passages.
 
-    Every objective takes `config.steps` optimiser steps. `result.log` holds the lines of the reconstruction (in the metric, where
-    there is one) and then those of the fine-tune. The same seed gives the same dictionary.
+    Every objective takes `config.steps` optimiser steps. `result.log` holds the lines of the reconstruction (in the metric,
+    where there is one) and then those of the fine-tune. The same seed gives the same dictionary.
 
     Raises:
         ValueError: an unknown objective, with the nearest name; and as `train` and `finetune` do.

@@ -95,7 +95,7 @@ def test_a_real_result_is_taken_as_it_is():
     assert set(tables.READINGS) == set(READINGS)
     rows = tables.replacement_rows(ReplacementResult(frame, layer=0, head=0, config={}).summary(n_resamples=20))
     assert list(rows)[0] == "at the firing token: listed atom"
-    assert len(rows) == 4
+    assert len(rows) == 6
 
 
 @pytest.mark.parametrize(
