@@ -1,5 +1,6 @@
 """`writesae objectives`: which objective makes atoms that can stand in for writes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,16 +38,13 @@ def objectives(
     with plain_errors():
         from hooked_recurrent.zoo.corpus import standard_library
         from writesae.evaluation.cells import most_effective, survey
-        from writesae.evaluation.objectives import COMPARED, ObjectivesConfig, compare_objectives
+        from writesae.evaluation.objectives import ObjectivesConfig, compare_objectives
         from writesae.stream.corpus import passages as cut
 
         if (layer is None) != (head is None):
             raise ValueError(f"give layer and head together, got layer={layer} and head={head}")
-        chosen = {"objectives": tuple(objective)} if objective else {}
-        if quick:
-            config = ObjectivesConfig.quick(seed=seed, **chosen)
-        else:
-            config = ObjectivesConfig(**{"objectives": COMPARED, **chosen}, seeds=seeds, seed=seed)
+        config = ObjectivesConfig.quick() if quick else ObjectivesConfig(seeds=seeds)
+        config = replace(config, seed=seed, objectives=tuple(objective or config.objectives))
         loaded = load_model(model)
         text = {
             split: cut(standard_library(split), loaded, length, split=split, max_passages=count, seed=seed)

@@ -2,15 +2,16 @@
 output.
 
 Reconstruction weighs every direction of a write alike, and several atoms share the work. The replacement test asks something
-else: one atom, alone, should do to the output what the write did. Three changes bring training closer to that, and each is an
+else: one atom, alone, should do to the output what the write did. Four changes bring training closer to that, and each is an
 objective of its own, so that what it is worth can be measured:
 
     the metric     errors count as they move the output (`metric.py`)
     a single atom  one active atom per write, tied encoder, atoms that start from samples: gain-shape quantisation of writes
+    relative       an error counts by its own write's size: the test asks of small and large writes alike which KL is lower
     the KL         the last part of the steps is taken by the substituted write's own KL (`finetune.py`)
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +23,16 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import TrainConfig, WriteSAEConfig, require_at_least_zero, require_one_of
 from writesae.sae import Samples, WriteSAE
 from writesae.sae.samples import Factored
+from writesae.sae.weighted import Weighted
 from writesae.stream.sources import Source
+from writesae.stream.store import ActivationStore
 from writesae.training.finetune import FinetuneConfig, finetune
 from writesae.training.jobs import Job, TrainResult, provenance
 from writesae.training.metric import OutputMetric
 from writesae.training.run import stream_of
-from writesae.training.trainer import Line, fit
+from writesae.training.trainer import fit
 
-BEST = "single_fisher_kl"
+BEST = "relative"
 """The objective of `best_dictionary`."""
 
 
@@ -43,6 +46,8 @@ class Objective:
     """Whether one atom stands for a write: k = 1, tied encoder, atoms that start from samples."""
     metric: bool = False
     """Whether errors are measured by their effect on the output."""
+    relative: bool = False
+    """Whether an error counts relative to the write's own size."""
     kl: str | None = None
     """Loss of the fine-tune that takes the last steps, where there is one."""
     meaning: str = ""
@@ -57,8 +62,11 @@ OBJECTIVES = {
     "write_kl": Objective(kl="share", meaning="reconstruction, then the KL of the most active atom"),
     "single": Objective(single=True, meaning="reconstruction by a single atom"),
     "single_fisher": Objective(single=True, metric=True, meaning="by a single atom, in the metric of the output"),
-    "single_fisher_kl": Objective(
-        single=True, metric=True, kl="share", meaning="by a single atom, in that metric, then its KL"
+    "relative": Objective(
+        single=True, metric=True, relative=True, meaning="by a single atom, in that metric, relative to the write"
+    ),
+    "relative_kl": Objective(
+        single=True, metric=True, relative=True, kl="share", meaning="the same, then the KL of the atom"
     ),
 }
 """The objectives by name."""
@@ -116,12 +124,14 @@ def train_objective(
     head: int,
     config: ObjectiveConfig | None = None,
     seed: int = 0,
+    store: ActivationStore | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """A dictionary of one cell taught by one objective of `OBJECTIVES`, on training passages.
 
     Every objective takes `config.steps` optimiser steps. `result.log` holds the lines of the reconstruction (in the metric,
-    where there is one) and then those of the fine-tune. The same seed gives the same dictionary.
+    where there is one) and then those of the fine-tune. The same seed gives the same dictionary. `store` is a cache of
+    these tokens with `source_of(objective, ...)` in it, read instead of running the model.
 
     Raises:
         ValueError: an unknown objective, with the nearest name; and as `train` and `finetune` do.
@@ -143,7 +153,20 @@ def train_objective(
         sample = tokens[: config.metric_passages]
         metric = OutputMetric.measure(model, sample, layer, head, damping=config.damping, seed=seed)
     tell = on_progress or (lambda done, total: None)
-    sae, log = _reconstruct(model, tokens, job, training, metric, lambda step, line: tell(step, config.steps))
+    stream = stream_of(store or model, tokens, [job.source], training, device=model.device)
+
+    def seen(samples: Samples) -> Samples:
+        """The samples as this objective looks at them."""
+        if not isinstance(samples, Factored):
+            return samples
+        samples = metric.transform(samples) if metric else samples
+        return Weighted.relative(samples) if what.relative else samples
+
+    sae = WriteSAE(job.sae).to(model.device)
+    sae.calibrate_(seen(stream.sample(training.calibration_writes)[job.source]))
+    batches = (seen(batch[job.source]) for batch in stream)
+    log = fit(sae, batches, training, lambda step, line: tell(step, config.steps))
+    sae = metric.restore(sae) if metric else sae
     if what.kl:
         taught = FinetuneConfig.from_dict({**config.finetune.to_dict(), "loss": what.kl, "seed": seed})
         log = log + finetune(
@@ -176,42 +199,20 @@ def best_dictionary(
     )
 
 
+def source_of(objective: str, layer: int, head: int) -> Source:
+    """What dictionaries of this objective are trained on. Raises `ValueError` for an unknown one."""
+    require_one_of("train_objective", "objective", objective, tuple(OBJECTIVES))
+    what = OBJECTIVES[objective].source
+    hook = f"blocks.{layer}.mixer.hook_{'state' if what == 'state' else 'write'}"
+    return Source(hook, head, "net" if what == "net" else "additive")
+
+
 def _job(
     model: HookedRecurrentModel, what: Objective, name: str, layer: int, head: int, config: ObjectiveConfig, seed: int
 ) -> Job:
-    hook = f"blocks.{layer}.mixer.hook_{'state' if what.source == 'state' else 'write'}"
-    source = Source(hook, head, "net" if what.source == "net" else "additive")
     shape = {"k": 1, "encoder": "tied", "start": "samples"} if what.single else {"k": config.k}
     sizes = {"d_k": model.cfg.d_k, "d_v": model.cfg.d_v, "n_atoms": config.n_atoms}
-    return Job(name, source, WriteSAEConfig.from_dict({**sizes, **shape, "seed": seed}))
-
-
-def _reconstruct(
-    model: HookedRecurrentModel,
-    tokens: Tensor,
-    job: Job,
-    training: TrainConfig,
-    metric: OutputMetric | None,
-    on_step: Callable[[int, Line], None],
-) -> tuple[WriteSAE, list[Line]]:
-    """A dictionary that rebuilds its source, in a metric or in the plain one."""
-    stream = stream_of(model, tokens, [job.source], training)
-    sae = WriteSAE(job.sae).to(model.device)
-
-    def seen(samples: Samples) -> Samples:
-        if metric is None:
-            return samples
-        assert isinstance(samples, Factored)  # objectives with a metric are those of writes
-        return metric.transform(samples)
-
-    def batches() -> Iterator[Samples]:
-        for batch in stream:
-            yield seen(batch[job.source])
-
-    sample = stream.sample(training.calibration_writes)[job.source]
-    sae.calibrate_(seen(sample))
-    log = fit(sae, batches(), training, on_step)
-    return (metric.restore(sae) if metric else sae), log
+    return Job(name, source_of(name, layer, head), WriteSAEConfig.from_dict({**sizes, **shape, "seed": seed}))
 
 
 def _check_cell(model: HookedRecurrentModel, layer: int, head: int) -> None:
