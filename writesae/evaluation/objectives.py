@@ -11,8 +11,10 @@ the last of them.
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -29,13 +31,13 @@ from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacement_result import ReplacementResult
 from writesae.sae.write_sae import WriteSAE
 from writesae.stream.activations import ActivationStream
-from writesae.stream.store import model_fingerprint, tokens_fingerprint
-from writesae.training.jobs import TrainResult
+from writesae.stream.sources import Source
+from writesae.stream.store import ActivationStore, model_fingerprint, tokens_fingerprint
 from writesae.training.metrics import measure
-from writesae.training.objectives import OBJECTIVES, ObjectiveConfig, train_objective
+from writesae.training.objectives import OBJECTIVES, ObjectiveConfig, source_of, train_objective
 from writesae.training.splice import loss_recovered
 
-COMPARED = ("state", "write", "net", "fisher", "single", "single_fisher", "single_fisher_kl")
+COMPARED = ("state", "write", "net", "fisher", "single", "single_fisher", "relative", "relative_kl")
 """The objectives that are compared unless others are named."""
 POOL, SCALE = "dominant", "coef"
 """What replaces a write: the most active atom, at its coefficient."""
@@ -76,7 +78,7 @@ class ObjectivesConfig(StrictConfig):
     def quick(cls, **fields: Any) -> "ObjectivesConfig":
         """Sizes for a first look of about a minute: the state objective, the plain one and the best, two seeds."""
         training = ObjectiveConfig.from_dict({"n_atoms": 256, "steps": 200, "metric_passages": 4})
-        sizes = {"objectives": ("state", "write", "single_fisher"), "seeds": 2, "firings": 100, "splice_passages": 1}
+        sizes = {"objectives": ("state", "write", "relative"), "seeds": 2, "firings": 100, "splice_passages": 1}
         return cls(**{**sizes, "training": training, **fields})
 
 
@@ -110,49 +112,70 @@ def compare_objectives(
     if kept is not None:
         _claim(kept, _describe(model, train_tokens, heldout, layer, head, config))
     runs = [(objective, config.seed + number) for number in range(config.seeds) for objective in config.objectives]
-    rows: list[dict[str, Any]] = []
-    wins: list[dict[str, Any]] = []
-    for done, (objective, seed) in enumerate(runs):
-        place = None if kept is None else kept / f"{objective}-{seed}"
-        found = None if place is None else _read(place)
-        if found is None:
-            found = _one(model, train_tokens, heldout, layer, head, config, objective, seed, place)
-        rows += found["rows"]
-        wins += found["wins"]
-        if on_progress is not None:
-            on_progress(done + 1, len(runs))
+    places = {run: None if kept is None else kept / f"{run[0]}-{run[1]}" for run in runs}
+    found = {run: measured for run, place in places.items() if (measured := _read(place)) is not None}
+    sources = list(dict.fromkeys(source_of(run[0], layer, head) for run in runs if run not in found))
+    with _activations(model, train_tokens, sources) as store:
+        bench = _Bench(model, train_tokens, heldout, layer, head, config, store)
+        for done, run in enumerate(runs):
+            if run not in found:
+                found[run] = bench.run(*run, places[run])
+            if on_progress is not None:
+                on_progress(done + 1, len(runs))
+    rows, wins = ([row for run in runs for row in found[run][part]] for part in ("rows", "wins"))
     return ObjectivesResult(pd.DataFrame(rows), layer, head, config.to_dict(), wins=wins)
 
 
-def _one(
-    model: HookedRecurrentModel,
-    train_tokens: Tensor,
-    heldout: Tensor,
-    layer: int,
-    head: int,
-    config: ObjectivesConfig,
-    objective: str,
-    seed: int,
-    place: Path | None,
-) -> dict[str, Any]:
-    """Train and measure one dictionary, and keep it."""
-    started = time.perf_counter()
-    trained = train_objective(model, train_tokens, objective, layer=layer, head=head, config=config.training, seed=seed)
-    seconds = time.perf_counter() - started
-    test = ReplacementConfig(
-        total=config.firings, per_atom=config.per_atom, horizon=config.horizon, seed=config.seed + 2026
-    )
-    tested = replacement(model, trained.sae, heldout, layer=layer, head=head, config=test)
-    shared = {"objective": objective, "seed": seed, **_quality(model, trained, heldout, layer, head, config)}
-    about = {"objective": objective, "seed": seed}
-    found = {
-        "rows": [{**shared, **row, "seconds": seconds} for row in _readings(tested)],
-        "wins": [{**about, **row} for row in _wins(tested)],
-    }
-    if place is not None:
-        trained.sae.save(place / "sae")
-        write_text(place / "measured.json", json.dumps(plain({**found, "log": trained.log}), allow_nan=False))
-    return found
+@dataclass(frozen=True)
+class _Bench:
+    """What all dictionaries of a comparison are trained and measured on."""
+
+    model: HookedRecurrentModel
+    train_tokens: Tensor
+    heldout: Tensor
+    layer: int
+    head: int
+    config: ObjectivesConfig
+    store: ActivationStore | None
+
+    def run(self, objective: str, seed: int, place: Path | None) -> dict[str, Any]:
+        """Train and measure one dictionary, and keep it."""
+        config, started = self.config, time.perf_counter()
+        trained = train_objective(
+            self.model,
+            self.train_tokens,
+            objective,
+            layer=self.layer,
+            head=self.head,
+            config=config.training,
+            seed=seed,
+            store=self.store,
+        )
+        seconds = time.perf_counter() - started
+        test = ReplacementConfig(
+            total=config.firings, per_atom=config.per_atom, horizon=config.horizon, seed=config.seed + 2026
+        )
+        tested = replacement(self.model, trained.sae, self.heldout, layer=self.layer, head=self.head, config=test)
+        about = {"objective": objective, "seed": seed}
+        shared = {**about, **self._quality(trained.sae), "steps": config.training.steps, "seconds": seconds}
+        found = {
+            "rows": [{**shared, **row} for row in _readings(tested)],
+            "wins": [{**about, **row} for row in _wins(tested)],
+        }
+        if place is not None:
+            trained.sae.save(place / "sae")
+            write_text(place / "measured.json", json.dumps(plain({**found, "log": trained.log}), allow_nan=False))
+        return found
+
+    def _quality(self, sae: WriteSAE) -> dict[str, Any]:
+        """The usual numbers of a dictionary, on held-out passages, of what it was trained on."""
+        source = trained_on(sae, self.layer, self.head)
+        stream = ActivationStream(self.model, self.heldout, [source], batch_size=1)
+        numbers: dict[str, Any] = measure(sae, stream.sample(MEASURED)[source]).to_dict()
+        if self.config.splice_passages:
+            passages = self.heldout[: self.config.splice_passages]
+            numbers |= loss_recovered(self.model, sae, source, passages).to_dict()
+        return numbers
 
 
 def _readings(tested: ReplacementResult) -> Iterator[dict[str, Any]]:
@@ -173,19 +196,16 @@ def _wins(tested: ReplacementResult) -> Iterator[dict[str, Any]]:
         yield {"reading": str(reading), "passage": int(passage), "wins": int(mine.sum()), "firings": len(mine)}
 
 
-def _quality(
-    model: HookedRecurrentModel, trained: TrainResult, heldout: Tensor, layer: int, head: int, config: ObjectivesConfig
-) -> dict[str, Any]:
-    """The usual numbers of a dictionary, on held-out passages, of what it was trained on."""
-    source = trained_on(trained.sae, layer, head)
-    stream = ActivationStream(model, heldout, [source], batch_size=1)
-    numbers: dict[str, Any] = measure(trained.sae, stream.sample(MEASURED)[source]).to_dict()
-    if config.splice_passages:
-        numbers |= loss_recovered(model, trained.sae, source, heldout[: config.splice_passages]).to_dict()
-    return {**numbers, "steps": config.training.steps}
-
-
 # --- the folder ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _activations(
+    model: HookedRecurrentModel, tokens: Tensor, sources: list[Source]
+) -> Iterator[ActivationStore | None]:
+    """What the sources hold of the training passages: for a while on disk, from one pass of the model for all dictionaries."""
+    with TemporaryDirectory() as place:
+        yield ActivationStore.write(place, model, tokens, sources) if sources else None
 
 
 def _describe(
@@ -218,10 +238,10 @@ def _claim(folder: Path, description: dict[str, Any]) -> None:
     write_text(path, json.dumps(description, indent=1) + "\n")
 
 
-def _read(place: Path) -> dict[str, Any] | None:
+def _read(place: Path | None) -> dict[str, Any] | None:
     """The measurements of a dictionary that is finished."""
-    path = place / "measured.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    path = None if place is None else place / "measured.json"
+    return None if path is None or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_dictionary(folder: str | Path, objective: str, seed: int) -> WriteSAE:

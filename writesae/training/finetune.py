@@ -242,8 +242,8 @@ def _check(
         raise ValueError(f"the dictionary's atoms are of (d_k, d_v) = {came}, but the model's writes of {expected}")
     hook, form = sae.provenance.get("hook") or "hook_write", sae.provenance.get("form") or "additive"
     if not hook.endswith("hook_write") or form != "additive":
-        came = f"{form} writes" if hook.endswith("hook_write") else hook.rpartition(".")[2]
-        raise ValueError(f"the dictionary was trained on {came}; finetune needs one of additive writes (hook_write)")
+        what = f"{form} writes" if hook.endswith("hook_write") else hook.rpartition(".")[2]
+        raise ValueError(f"the dictionary was trained on {what}; finetune needs one of additive writes (hook_write)")
     need = config.first_position + config.horizon + 1
     if len(tokens) == 0 or tokens.shape[1] < need:
         raise ValueError(f"finetune needs passages of at least {need} tokens, got shape {tuple(tokens.shape)}")
