@@ -81,9 +81,8 @@ class WriteSAEConfig(StrictConfig):
     init_threshold: float = 1e-2
     """Threshold of every jumprelu atom at the start, scaled units."""
     start: str = "random"
-    """What the atoms are at first: "random" outer products, or "samples", outer products of the calibration samples' leading
-    singular vectors, so that no atom starts where nothing is written. With one or two active atoms most random ones would never win
-    a sample, and stay dead."""
+    """What the atoms are at first: "random" outer products, or "samples", those of the leading singular vectors of calibration
+    samples. Where one or two atoms are active, most random ones would never win a sample, and stay dead."""
     seed: int = 0
     """Seed of the random initial factors, and of the choice of samples to start from."""
 

@@ -3,6 +3,7 @@
 writesae demo        the whole experiment on a bundled model, with a report
 writesae train       learn dictionaries, of one head or of many, from flags or a file
 writesae cache       keep what they are trained on on disk, and list what is there
+writesae objectives  compare what dictionaries are taught, by how well their atoms replace writes
 writesae replace     replace writes by the atoms of a saved dictionary
 writesae replace-cells  the same in every cell that has a dictionary
 writesae population  the same over many atoms, atom by atom
@@ -30,6 +31,7 @@ from writesae.cli import (
     install,
     logits,
     main,
+    objectives,
     partition,
     passage_test,
     perplexity,
@@ -53,6 +55,7 @@ __all__ = [
     "install",
     "logits",
     "main",
+    "objectives",
     "partition",
     "passage_test",
     "perplexity",

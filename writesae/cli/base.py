@@ -26,6 +26,7 @@ STAGES = {
     "erase": "erasing atoms",
     "readers": "deleting writes",
     "steer": "steering",
+    "dictionaries": "dictionaries",
 }
 
 Model = Annotated[

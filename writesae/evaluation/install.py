@@ -34,7 +34,17 @@ from writesae.evaluation.firings import CellWrites, check_cell, encode_cell
 from writesae.evaluation.install_context import PLACES, STRATA, Context, Target, draw_targets, install_sites
 from writesae.evaluation.install_directions import Cells, atom_keys, fixed_directions, random_directions
 from writesae.evaluation.install_edits import Installs, Steering
-from writesae.evaluation.install_lambda import OBJECTIVES, SPLITS, Climb, Slope, at_cells, promising, refine, slope, steepest
+from writesae.evaluation.install_lambda import (
+    OBJECTIVES,
+    SPLITS,
+    Climb,
+    Slope,
+    at_cells,
+    promising,
+    refine,
+    slope,
+    steepest,
+)
 from writesae.evaluation.install_measure import included, measure
 from writesae.evaluation.install_result import NATIVE, InstallResult
 from writesae.evaluation.install_steering import gradient_steering, match_collateral, unembedding_steering

@@ -57,7 +57,7 @@ class FinetuneConfig(StrictConfig):
     """Largest norm of the whole gradient; 0 clips nothing."""
     first_position: int = 8
     """Earliest position of a firing."""
-    steps_per_pass: int = 16
+    steps_per_pass: int = 32
     """Steps, each at a position of its own, that use the snapshots of one plain pass over their passages."""
     log_every: int = 25
     """Steps between two lines of the log, which are means over the steps since the last one."""
@@ -99,15 +99,14 @@ class Firings:
     def substituted(self, sae: WriteSAE, terms: int) -> list[WriteEdit]:
         """The edits that put the `terms` most active atoms at their coefficients in the place of the writes."""
         codes = sae.encode(self.key, self.value)
-        edits = []
+        edits: list[WriteEdit] = []
         for slot in range(min(terms, codes.values.shape[1])):
             atoms, values = codes.indices[:, slot], codes.values[:, slot, None]
             for rank in range(sae.config.rank):
                 key = (sae.key_atoms[atoms, rank] * values)[:, None]
-                op = "add" if edits else "replace"
-                edits.append(
-                    WriteEdit(self.layer, self.head, self.position, op, key, sae.value_atoms[atoms, rank][:, None])
-                )
+                value = sae.value_atoms[atoms, rank][:, None]
+                place = self.layer, self.head, self.position
+                edits.append(WriteEdit(*place, "add" if edits else "replace", key, value))
         return edits
 
 
@@ -241,6 +240,10 @@ def _check(
     if (sae.config.d_k, sae.config.d_v) != (model.cfg.d_k, model.cfg.d_v):
         came, expected = (sae.config.d_k, sae.config.d_v), (model.cfg.d_k, model.cfg.d_v)
         raise ValueError(f"the dictionary's atoms are of (d_k, d_v) = {came}, but the model's writes of {expected}")
+    hook, form = sae.provenance.get("hook") or "hook_write", sae.provenance.get("form") or "additive"
+    if not hook.endswith("hook_write") or form != "additive":
+        what = f"{form} writes" if hook.endswith("hook_write") else hook.rpartition(".")[2]
+        raise ValueError(f"the dictionary was trained on {what}; finetune needs one of additive writes (hook_write)")
     need = config.first_position + config.horizon + 1
     if len(tokens) == 0 or tokens.shape[1] < need:
         raise ValueError(f"finetune needs passages of at least {need} tokens, got shape {tuple(tokens.shape)}")

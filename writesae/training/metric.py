@@ -53,7 +53,7 @@ def output_gradients(
     names = [f"blocks.{layer}.mixer.hook_{role}" for role in (*ROLES, "read")]
     names = [name for name in names if name in model.hook_dict]
     _, cache = model.run_with_cache(tokens, names_filter=names, heads=[head], incl_bwd=True, metric=of_drawn_labels)
-    return cache.write_grad(layer, 0, slice(None))
+    return cache.write_grad(layer, head, slice(None))
 
 
 def _root(matrix: Float[Tensor, "d d"], damping: float) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
