@@ -19,6 +19,7 @@ from writesae.sae.write_sae import WriteSAE
 from writesae.stream.corpus import Passages, passages, text_folder
 from writesae.stream.sources import Source
 from writesae.training import Job, train_many
+from writesae.training.objectives import ObjectiveConfig, best_dictionary
 
 SOURCES = {"write": ("hook_write", "additive"), "net": ("hook_write", "net"), "state": ("hook_state", "additive")}
 """What a plain dictionary may be trained on: the hook of its mixer, and the form."""
@@ -80,11 +81,39 @@ class Bench:
         """The plain dictionary of the run's own cell."""
         return self.dictionaries(source, [self.cell], [seed])[*self.cell, seed]
 
-    def test(self, experiment: Callable[..., Result], stage: str, sae: WriteSAE, config: object, **more: Any) -> Result:
-        """An experiment on a dictionary of the run's cell and the held-out passages."""
-        where = {"layer": self.cell[0], "head": self.cell[1]}
-        told = self.progress(stage)
-        return experiment(self.model, sae, self.tokens, **where, config=config, on_progress=told, **more)
+    @cached_property
+    def best(self) -> WriteSAE:
+        """The run's cell under the objective that serves replacement best."""
+        place = self.folder / f"best-L{self.cell[0]}H{self.cell[1]}"
+        if not (place / "config.json").is_file():
+            size = self.config
+            budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=size.train_steps)
+            layer, head = self.cell
+            tokens, told = self.train_text.tokens.to(self.model.device), self.progress("best dictionary")
+            trained = best_dictionary(
+                self.model, tokens, layer=layer, head=head, config=budget, seed=size.seed, on_progress=told
+            )
+            trained.sae.save(place)
+        return WriteSAE.load(place, self.model.device)
+
+    @property
+    def layer_cells(self) -> list[tuple[int, int]]:
+        """All heads of the cell's layer."""
+        return [(self.cell[0], head) for head in range(self.model.cfg.n_heads)]
+
+    def test(
+        self,
+        experiment: Callable[..., Result],
+        stage: str,
+        sae: WriteSAE,
+        config: object,
+        passages: int | None = None,
+        **more: Any,
+    ) -> Result:
+        """An experiment on a dictionary of the run's cell and the held-out passages, or the first so many of them."""
+        layer, head = self.cell
+        told, tokens = self.progress(stage), self.tokens[:passages]
+        return experiment(self.model, sae, tokens, layer=layer, head=head, config=config, on_progress=told, **more)
 
     def progress(self, stage: str) -> Callable[[int, int], None]:
         """Tells how far a stage is."""

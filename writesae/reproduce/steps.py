@@ -1,6 +1,7 @@
 """The experiments of a reproduction by name, in the order of the paper: each takes the bench and gives results by variant."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -8,14 +9,22 @@ from writesae.evaluation.baselines import BaselinesConfig, baselines
 from writesae.evaluation.class_differences import ClassDifferencesConfig, class_differences
 from writesae.evaluation.encoder_swap import EncoderSwapConfig, encoder_swap
 from writesae.evaluation.erasure import ErasureConfig, erasure
+from writesae.evaluation.install import InstallConfig, install
 from writesae.evaluation.logit_shift import LogitShiftConfig, logit_shift
+from writesae.evaluation.objectives import ObjectivesConfig, compare_objectives
 from writesae.evaluation.partition import PartitionConfig, partition
 from writesae.evaluation.passage_test import PassageTestConfig, passage_test
+from writesae.evaluation.perplexity import PerplexityConfig, perplexity
 from writesae.evaluation.population import PopulationConfig, population
 from writesae.evaluation.readers import ReadersConfig, readers
 from writesae.evaluation.replacement import ReplacementConfig, replacement
+from writesae.evaluation.replacement_cells import sweep_cells
 from writesae.evaluation.result import Result
+from writesae.evaluation.selectivity import SelectivityConfig, selectivity
+from writesae.evaluation.sign_test import SignTestConfig, sign_test
+from writesae.evaluation.steering import SteeringConfig, steering
 from writesae.reproduce.bench import Bench
+from writesae.training.objectives import ObjectiveConfig
 
 Results = dict[str, Result]
 
@@ -24,39 +33,84 @@ def _replacement(bench: Bench) -> Results:
     """The test of the paper's headline, for each kind of dictionary on the same passages."""
     size = bench.config
     config = ReplacementConfig(total=size.firings, per_atom=size.per_atom, seed=size.seed)
-    return {
-        source: bench.test(replacement, f"replacement, {source}", bench.dictionary(source), config)
-        for source in ("write", "state")
-    }
+    saes = {"best": bench.best, "write": bench.dictionary("write"), "state": bench.dictionary("state")}
+    return {name: bench.test(replacement, f"replacement, {name}", sae, config) for name, sae in saes.items()}
+
+
+def _heads(bench: Bench) -> Results:
+    """Every cell with a dictionary of its own writes; in a quick run the cell's layer."""
+    size = bench.config
+    every = [(layer, head) for layer in bench.model.cfg.recurrent_layers for head in range(bench.model.cfg.n_heads)]
+    saes = bench.dictionaries("write", bench.layer_cells if size.quick else every)
+    by_cell = {(layer, head): sae for (layer, head, _), sae in saes.items()}
+    config = ReplacementConfig(total=max(40, size.firings // 16), seed=size.seed)
+    return {"write": sweep_cells(bench.model, by_cell, bench.tokens, config, on_progress=bench.progress("heads"))}
 
 
 def _population(bench: Bench) -> Results:
     """Every atom counts once; then register against bundle atoms, on the same firings."""
     size = bench.config
-    config = PopulationConfig(n_atoms=max(10, size.firings // size.per_atom), per_atom=size.per_atom, seed=size.seed)
+    config = PopulationConfig(n_atoms=max(10, size.firings // 20), per_atom=min(20, size.per_atom), seed=size.seed)
     return {"write": bench.test(population, "population", bench.dictionary(), config)}
 
 
 def _passage_test(bench: Bench) -> Results:
-    return {
-        "write": bench.test(passage_test, "passages", bench.dictionary(), PassageTestConfig(seed=bench.config.seed))
-    }
+    passages, config = 6 if bench.config.quick else 40, PassageTestConfig(seed=bench.config.seed)
+    return {"write": bench.test(passage_test, "passages", bench.dictionary(), config, passages)}
 
 
 def _logits(bench: Bench) -> Results:
-    """The dictionary's own cell, and as many others again, with random atoms there."""
+    """The dictionary's own cell, and three others with random atoms there."""
     cells = [(int(row.layer), int(row.head)) for row in bench.cells.itertuples()]
     others = [cell for cell in cells if cell != bench.cell]
     generator = torch.Generator().manual_seed(bench.config.seed)
     some = [others[i] for i in torch.randperm(len(others), generator=generator)[:3].tolist()]
     config = LogitShiftConfig(total=bench.config.contexts, cells=(bench.cell, *some), seed=bench.config.seed)
-    return {"write": bench.test(logit_shift, "logit shifts", bench.dictionary(), config)}
+    own = replace(config, cells=(bench.cell,))
+    sae = bench.dictionary()
+    return {
+        "own_cell": bench.test(logit_shift, "logit shifts, own cell", sae, own),
+        "four_cells": bench.test(logit_shift, "logit shifts, four cells", sae, config),
+    }
 
 
 def _erase(bench: Bench) -> Results:
-    size = bench.config
-    config = ErasureConfig(count=4 if size.quick else 8, per_atom=30 if size.quick else 100, seed=size.seed)
+    config = ErasureConfig(seed=bench.config.seed)
+    if bench.config.quick:
+        config = replace(config, count=3, per_atom=24, writes=10, doses=(1.0, 4.0))
     return {"write": bench.test(erasure, "erasure", bench.dictionary(), config)}
+
+
+def _sign_test(bench: Bench) -> Results:
+    config = SignTestConfig(total=100 if bench.config.quick else 2000, seed=bench.config.seed)
+    return {"write": bench.test(sign_test, "sign test", bench.dictionary(), config)}
+
+
+def _install(bench: Bench) -> Results:
+    """All strata at the paper's middle magnitude; then the middle stratum at all magnitudes."""
+    size = bench.config
+    config = InstallConfig(positions=1, cells=("auto",), seed=size.seed)
+    if size.quick:
+        prompts = max(4, size.trials // 6)
+        few = replace(config, prompts=prompts, strata=("middle",), magnitudes=(3.0,), per_stratum=2)
+        return {"strata": bench.test(install, "install", bench.dictionary(), few)}
+    strata = replace(config, prompts=size.trials // 20, magnitudes=(3.0,))
+    doses = replace(config, prompts=size.trials // 20, strata=("middle",))
+    return {
+        "strata": bench.test(install, "install, strata", bench.dictionary(), strata),
+        "doses": bench.test(install, "install, doses", bench.dictionary(), doses),
+    }
+
+
+def _steer(bench: Bench) -> Results:
+    config = SteeringConfig(seed=bench.config.seed)
+    if bench.config.quick:
+        config = replace(config, prompts=10, doses=(5.0,), new_tokens=30)
+    saes = {head: sae for (_, head, _), sae in bench.dictionaries("state", bench.layer_cells).items()}
+    found = steering(
+        bench.model, saes, bench.tokens, layer=bench.cell[0], config=config, on_progress=bench.progress("steering")
+    )
+    return {"state": found}
 
 
 def _partition(bench: Bench) -> Results:
@@ -69,15 +123,39 @@ def _partition(bench: Bench) -> Results:
 
 
 def _class_differences(bench: Bench) -> Results:
-    """Register against bundle atoms; split by the threshold, for a mixture may put all atoms on one side."""
-    tested, parts = _population(bench)["write"], _partition(bench)["write"]
-    return {"write": class_differences(tested.replacement, parts, config=ClassDifferencesConfig(cut="threshold"))}  # type: ignore[attr-defined, arg-type]
+    """Register against bundle atoms of the state dictionary, where both kinds are; split by the threshold."""
+    size, sae = bench.config, bench.dictionary("state")
+    config = PopulationConfig(n_atoms=max(10, size.firings // 20), per_atom=min(20, size.per_atom), seed=size.seed)
+    tested = bench.test(population, "class differences", sae, config)
+    parts = bench.test(partition, "partition, state", sae, PartitionConfig(seed=size.seed))
+    split = ClassDifferencesConfig(cut="threshold")
+    return {"state": class_differences(tested.replacement, parts, config=split)}  # type: ignore[attr-defined, arg-type]
+
+
+def _selectivity(bench: Bench) -> Results:
+    config = SelectivityConfig(total=40 if bench.config.quick else 200, seed=bench.config.seed)
+    return {"write": bench.test(selectivity, "selectivity", bench.dictionary(), config)}
 
 
 def _readers(bench: Bench) -> Results:
-    size = bench.config
-    config = ReadersConfig(count=4 if size.quick else 8, per_atom=10 if size.quick else 40, seed=size.seed)
+    config = ReadersConfig(seed=bench.config.seed)
+    if bench.config.quick:
+        config = replace(config, count=4, per_atom=10)
     return {"write": bench.test(readers, "readers", bench.dictionary(), config)}
+
+
+def _perplexity(bench: Bench) -> Results:
+    """All heads of the cell's layer, each with its own dictionary."""
+    config = PerplexityConfig(subsets=2 if bench.config.quick else 5, seed=bench.config.seed)
+    tokens = bench.tokens[: 8 if bench.config.quick else 100]
+    results = {}
+    for source in ("state", "write"):
+        saes = {head: sae for (_, head, _), sae in bench.dictionaries(source, bench.layer_cells).items()}
+        told = bench.progress(f"perplexity, {source}")
+        results[source] = perplexity(
+            bench.model, saes, tokens, layer=bench.cell[0], config=config, on_progress=told
+        )  # fmt: skip
+    return dict(results)
 
 
 def _baselines(bench: Bench) -> Results:
@@ -92,8 +170,8 @@ def _encoder_swap(bench: Bench) -> Results:
         seeds=tuple(range(min(3, size.seeds))),
         n_atoms=size.n_atoms,
         k=size.k,
-        steps=size.train_steps // 4,
-        total=size.firings // 16,
+        steps=max(100, size.train_steps // 4),
+        total=max(30, size.firings // 16),
         seed=size.seed,
     )
     found = encoder_swap(
@@ -108,16 +186,42 @@ def _encoder_swap(bench: Bench) -> Results:
     return {"write": found}
 
 
+def _objectives(bench: Bench) -> Results:
+    size = bench.config
+    budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=max(400, size.train_steps // 2))
+    config = ObjectivesConfig(seeds=size.seeds, training=budget, firings=size.firings // 6, seed=size.seed)
+    if size.quick:
+        config = ObjectivesConfig.quick(seed=size.seed)
+    found = compare_objectives(
+        bench.model,
+        bench.train_text.tokens.to(bench.model.device),
+        bench.tokens,
+        layer=bench.cell[0],
+        head=bench.cell[1],
+        config=config,
+        folder=bench.folder / "objectives",
+        on_progress=bench.progress("dictionaries"),
+    )
+    return {"all": found}
+
+
 STEPS: dict[str, Callable[[Bench], Results]] = {
     "replacement": _replacement,
+    "heads": _heads,
     "population": _population,
     "passage_test": _passage_test,
     "logits": _logits,
     "erase": _erase,
+    "sign_test": _sign_test,
+    "install": _install,
+    "steer": _steer,
     "partition": _partition,
     "class_differences": _class_differences,
+    "selectivity": _selectivity,
     "readers": _readers,
+    "perplexity": _perplexity,
     "baselines": _baselines,
     "encoder_swap": _encoder_swap,
+    "objectives": _objectives,
 }
 """By name, what a step does."""
