@@ -143,10 +143,11 @@ def mixer_change(
 
 @torch.no_grad()
 def reach(context: Context, cell: Cell, added: Added) -> dict[str, Float[Tensor, "edit row"]]:
-    """How far an edit carries what norms look at, at each target's position: what decides whether a derivative still holds.
+    """How far an edit carries what norms look at, from t to each target: what decides whether a derivative still holds.
 
     read_change is |change of the head's read| / |its read|, which the read-out's norm sees; stream_change is |change of the
-    mixer's output| / |residual stream behind it|, which all norms above see. Both are exact and need no edited run.
+    mixer's output| / |residual stream behind it|, which all norms above see: the largest on the way. Both are exact and need
+    no edited run.
     """
     layer, native = cell[0], context.layer(cell[0])
     change = read_change(context, cell, added)
@@ -156,7 +157,7 @@ def reach(context: Context, cell: Cell, added: Added) -> dict[str, Float[Tensor,
         "read_change": change.norm(dim=-1) / native.read[0, :, cell[1]].norm(dim=-1),
         "stream_change": mixed.norm(dim=-1) / stream.norm(dim=-1),
     }
-    return {name: share[:, context.targets.horizon] for name, share in shares.items()}
+    return {name: share.cummax(dim=1).values[:, context.targets.horizon] for name, share in shares.items()}
 
 
 def halfway(context: Context, layer: int, mixed: Float[Tensor, "edit pos d_model"]) -> Float[Tensor, "edit row"]:

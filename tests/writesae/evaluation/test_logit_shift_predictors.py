@@ -17,6 +17,7 @@ from writesae.evaluation.logit_shift_predictors import (
     mixer_change,
     predict,
     propagated,
+    reach,
     read_change,
     three_factor,
 )
@@ -202,6 +203,24 @@ def test_only_the_predictors_that_are_asked_are_given_and_edits_do_not_meet():
     assert tuple(alone) == ("norm_midpoint", "in_layer")
     for name, made in alone.items():
         assert distance(made[0], whole[name][1]) < 1e-10
+
+
+@over_rules
+def test_reach_is_the_largest_share_of_change_so_far(rule):
+    context, given, (layer, head) = context_of((rule, rule)), added(edits=1, size=3.0), (0, 1)
+    names = [f"blocks.{layer}.mixer.hook_read", f"blocks.{layer}.hook_mixer_out", f"blocks.{layer}.hook_resid_pre"]
+    edit = WriteEdit(layer, head, T, "add", given.key[0, 0], given.value[0, 0])
+    (_, plain), (_, changed) = (
+        context.model.run_with_cache(context.trunk.text, names_filter=names, edits=made) for made in ([], [edit])
+    )
+    read, out, before = ([cache[name][0, T:] for cache in (plain, changed)] for name in names)
+    shares = {
+        "read_change": (read[1] - read[0])[:, head].norm(dim=-1) / read[0][:, head].norm(dim=-1),
+        "stream_change": (out[1] - out[0]).norm(dim=-1) / (before[0] + out[0]).norm(dim=-1),
+    }
+    for name, made in reach(context, (layer, head), given).items():
+        expected = torch.stack([shares[name][: horizon + 1].max() for horizon in context.targets.horizon])
+        assert distance(made[0], expected) < 1e-9, name
 
 
 def test_in_layer_is_linear_in_the_edit():
