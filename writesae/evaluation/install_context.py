@@ -53,7 +53,7 @@ class Context:
     """Of the untouched run, float64, for every token of the continuation."""
     trunk: Trunk
     """The plain pass over all tokens but the last, with the state before the first edited position."""
-    roles: dict[tuple[int, str], Float[Tensor, "pos head d"]]
+    roles: dict[tuple[int, str], Float[Tensor, "read head _"]]
     """Per (layer, "write_key" | "write_value" | "query") the factors from the first edited position on."""
 
     @property

@@ -10,7 +10,8 @@ from writesae.evaluation.result import Result
 from writesae.evaluation.statistics import cluster_bootstrap
 
 NATIVE = "native"
-AGAINST = (NATIVE, "random", "random_value", "fixed_native_key", "steering", "steering_gradient")
+STEERING = ("steering", "steering_shorter", "steering_gradient", "steering_gradient_shorter")
+AGAINST = (NATIVE, "random", "random_value", "fixed_native_key", "fixed_next_query", *STEERING)
 """What the inclusion of every condition is compared with, trial by trial."""
 TRIAL = ["passage", "position", "target", "stratum"]
 

@@ -45,27 +45,33 @@ def match_collateral(
     targets: Int[Tensor, " trial"],
     wanted: Float[Tensor, " trial"],
     guess: float = 1.0,
-) -> Steering:
-    """The vectors scaled so that each trial's collateral KL is the one wanted.
+) -> tuple[Steering, Steering]:
+    """The vectors scaled so that each trial's collateral KL is the one wanted; and at a length that may stay below it.
 
     The length is doubled from `guess` until the KL is reached, then bisected. A KL that grows in jumps, or is never
-    reached, leaves the longest length that was found to stay below it; the trial's measured KL tells.
+    reached, leaves the longest length that was found to stay below it; the trial's measured KL tells. Such a length can
+    be long past the one that serves the target, so the second answer is, of all lengths tried that stay below, the one
+    with the highest log p(T) at the first step.
     """
     low = torch.zeros(len(steering), dtype=torch.float64)
     high = torch.full_like(low, torch.inf)
     now = torch.full_like(low, guess)
     wanted = wanted.cpu().double()
     doublings = torch.zeros_like(low)
+    best, best_logprob = torch.zeros_like(low), torch.full_like(low, -torch.inf)
     for _ in range(DOUBLINGS + HALVINGS):
         open_rows = ((high.isinf() & (doublings < DOUBLINGS)) | (high - low > high / 2**HALVINGS)).nonzero()[:, 0]
         if not len(open_rows):
             break
         part = Steering(tuple(steering.layers[row] for row in open_rows.tolist()), steering.vector[open_rows])
         trial = part.scaled(now[open_rows]).single(context.first)
-        kl = measure(model, context, trial, targets[open_rows])["collateral_kl"].cpu()
-        below = kl <= wanted[open_rows]
+        found = measure(model, context, trial, targets[open_rows])
+        below = found["collateral_kl"].cpu() <= wanted[open_rows]
+        better = below & (found["logprob"].cpu() > best_logprob[open_rows])
+        best[open_rows] = torch.where(better, now[open_rows], best[open_rows])
+        best_logprob[open_rows] = torch.where(better, found["logprob"].cpu(), best_logprob[open_rows])
         low[open_rows] = torch.where(below, now[open_rows], low[open_rows])
         high[open_rows] = torch.where(below, high[open_rows], now[open_rows])
         doublings[open_rows] += 1
         now = torch.where(high.isinf(), 2 * now, (low + high) / 2)
-    return steering.scaled(low)
+    return steering.scaled(low), steering.scaled(best)

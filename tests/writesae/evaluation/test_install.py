@@ -194,10 +194,13 @@ def test_steering_is_matched_in_collateral_kl(rule):
     )["collateral_kl"]
     residual = slope(model, context, targets, [], GREEDY, [0, LAYER]).residual
     for steering in (unembedding_steering(model, targets, (0, LAYER)), gradient_steering(residual, (0, LAYER))):
-        matched = match_collateral(model, context, steering, targets, wanted)
+        matched, shorter = match_collateral(model, context, steering, targets, wanted)
         kl = measure(model, context, matched.single(7), targets)["collateral_kl"]
         assert (kl <= wanted * (1 + 1e-12)).all()
         assert (kl >= 0.97 * wanted).all()
+        found, at_match = (measure(model, context, one.single(7), targets) for one in (shorter, matched))
+        assert (found["collateral_kl"] <= wanted * (1 + 1e-12)).all()
+        assert (found["logprob"] >= at_match["logprob"] - 1e-12).all()
     direction = model.W_U[:, 3] / model.W_U[:, 3].norm()
     assert torch.allclose(unembedding_steering(model, targets, (0, LAYER)).vector[0, 1], direction)
 
@@ -205,7 +208,7 @@ def test_steering_is_matched_in_collateral_kl(rule):
 def test_steering_out_of_reach_stays_below():
     model, _, _, context = opened("gated_delta_net")
     steering = unembedding_steering(model, torch.tensor([3]), (LAYER,))
-    matched = match_collateral(model, context, steering, torch.tensor([3]), torch.tensor([1e6]))
+    matched, _ = match_collateral(model, context, steering, torch.tensor([3]), torch.tensor([1e6]))
     assert torch.isfinite(matched.vector).all()
     assert measure(model, context, matched.single(7), torch.tensor([3]))["collateral_kl"] < 1e6
 
@@ -218,7 +221,7 @@ def test_collateral_ignores_the_target(seed, raised):
     edited = native + 0.3 * torch.randn(1, 4, 9, generator=generator, dtype=torch.float64)
     higher = edited.clone()
     higher[..., 5] += raised
-    for one, other in zip(*(collateral(x, native.log_softmax(-1), torch.tensor([5])) for x in (edited, higher)), strict=True):
+    for one, other in zip(*(collateral(x[None] if x.ndim == 2 else x, native.log_softmax(-1), torch.tensor([5])) for x in (edited, higher)), strict=True):
         assert torch.allclose(one, other, atol=1e-10)
         assert one > 0
 
@@ -308,7 +311,7 @@ def test_result_pairs_trials_and_goes_through_json(tmp_path):
     again = InstallResult.from_json(result.to_json(tmp_path / "install.json"))
     assert isinstance(again, InstallResult)
     rows = result.summary(n_resamples=50)
-    assert len(rows) == (9 + 8) * (4 + 1) * (2 + 1)
+    assert len(rows) == (11 + 10) * (4 + 1) * (2 + 1)
     whole = next(row for row in rows if row["condition"] == "lambda_refined" and row["stratum"] is None)
     part = result.table[(result.table["condition"] == "lambda_refined") & (result.table["cell"] == whole["cell"])]
     part = part[part["magnitude"] == whole["magnitude"]]
