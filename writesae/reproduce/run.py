@@ -137,8 +137,8 @@ def _claim_folder(out: Path, about: dict[str, Any]) -> None:
 
 
 def _keep(out: Path, name: str, results: dict[str, Result], seconds: float) -> None:
-    """A step's results in one file, a row of the summary per result's row, each with the result's name as `variant`."""
-    rows = [{"variant": variant, **row} for variant, result in results.items() for row in result.summary()]
+    """A step's results in one file, a row of the summary per result's row, each with the result's name as `run`."""
+    rows = [{"run": variant, **row} for variant, result in results.items() for row in result.summary()]
     content = {
         "step": name,
         "seconds": seconds,

@@ -57,7 +57,7 @@ def test_what_is_on_disk_is_not_run_again(model, steps, tmp_path):
     outcome = reproduce(model, config, tmp_path)
     assert calls == ["first", "second"]
     assert outcome.summaries["first"] == [
-        {"variant": "only", "win_rate": 0.75, "interval": [0.65, 0.85], "way": "plain"}
+        {"run": "only", "win_rate": 0.75, "interval": [0.65, 0.85], "way": "plain"}
     ]
     assert set(outcome.seconds) == {"first", "second"}
     reproduce(model, config, tmp_path, redo=["second"])
