@@ -9,7 +9,9 @@ from writesae.evaluation.logit_shift_statistics import estimates, fitted, r_squa
 
 def rows(seed=0, n=120):
     rng = np.random.default_rng(seed)
-    table = pd.DataFrame({"context": np.arange(n) // 4, "passage": np.arange(n) // 12, "layer": 0, "head": 1})
+    table = pd.DataFrame(
+        {"context": np.arange(n) // 4, "passage": (10 * (np.arange(n) / n) ** 2).astype(int), "layer": 0, "head": 1}
+    )
     table["atom"], table["size"], table["horizon"] = np.arange(n) % 3, "0.1", 0
     table["guess"], table["fraction"] = rng.normal(size=n) + 0.3, 0.1
     table["measured"] = table["guess"] * (1.0 + table["atom"]) + 0.1 * rng.normal(size=n)
