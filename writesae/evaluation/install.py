@@ -36,7 +36,17 @@ from writesae.evaluation.firings import CellWrites, check_cell, encode_cell
 from writesae.evaluation.install_context import PLACES, STRATA, Context, Target, draw_targets, install_sites
 from writesae.evaluation.install_directions import Cells, atom_keys, fixed_directions, random_directions
 from writesae.evaluation.install_edits import Installs, Steering
-from writesae.evaluation.install_lambda import OBJECTIVES, SPLITS, Climb, Slope, at_cells, promising, refine, slope, steepest
+from writesae.evaluation.install_lambda import (
+    OBJECTIVES,
+    SPLITS,
+    Climb,
+    Slope,
+    at_cells,
+    promising,
+    refine,
+    slope,
+    steepest,
+)
 from writesae.evaluation.install_measure import included, measure
 from writesae.evaluation.install_result import NATIVE, InstallResult
 from writesae.evaluation.install_steering import gradient_steering, match_collateral, unembedding_steering
@@ -136,7 +146,9 @@ def install(
     config = config or InstallConfig()
     check_cell(model, sae, layer, head)
     if tokens.shape[1] <= config.first_position:
-        raise ValueError(f"passages have {tokens.shape[1]} tokens; this test needs at least {config.first_position + 1}")
+        raise ValueError(
+            f"passages have {tokens.shape[1]} tokens; this test needs at least {config.first_position + 1}"
+        )
     sites = install_sites(tokens, config.prompts, config.positions, config.first_position, config.seed)
     test = _Test(model, sae, tokens, (layer, head), config, encode_cell(model, sae, tokens, layer, head))
     rows: list[dict[str, Any]] = []

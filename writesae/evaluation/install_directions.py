@@ -83,7 +83,5 @@ def random_directions(
     key, value, other = (unit(side).to(norms) for side in drawn.split([d_k, d_v, d_v], dim=-1))
     return {
         "random": Installs(cells, key, value * norms[..., None]),
-        "random_value": Installs(
-            cells, role_keys(context, "write_key", cells).to(norms), other * norms[..., None]
-        ),
+        "random_value": Installs(cells, role_keys(context, "write_key", cells).to(norms), other * norms[..., None]),
     }

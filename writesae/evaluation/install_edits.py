@@ -75,9 +75,7 @@ class Steering:
         for layer in sorted(set(self.layers)):
             mine = torch.tensor([index for index, its in enumerate(self.layers) if its == layer])
             here = slice(first, first + PLACES)
-            edits.append(
-                ActivationEdit(_hook(layer), here, self.vector[mine], batch=mine + start, op="add")
-            )
+            edits.append(ActivationEdit(_hook(layer), here, self.vector[mine], batch=mine + start, op="add"))
         return edits
 
     def single(self, first: int) -> list[tuple[Edit, ...]]:

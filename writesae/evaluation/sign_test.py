@@ -205,15 +205,15 @@ class _Test:
         _, cache = self.model.run_with_cache(
             text[:, t:].expand(rows, -1), names_filter=names, incl_bwd=True, metric=total, state=state.fork(rows)
         )
-        carried = cache.write_grad(self.layer, self.head, 0)  # what t reads itself bears on no later logit of this layer ...
+        carried = cache.write_grad(
+            self.layer, self.head, 0
+        )  # what t reads itself bears on no later logit of this layer ...
         own = cache[f"{prefix}query"][:, 0, self.head, :, None] * cache[f"{prefix}read_grad"][:, 0, self.head, None, :]
         factors = {name.removeprefix(prefix): cache[name][0, :, self.head] for name in names if name in cache}
         return kept[0], (carried - own).detach(), factors  # ... but on layers above, so it is taken off
 
 
-def _agreement(
-    measured: np.ndarray, predicted: np.ndarray, passages: pd.Series, n_resamples: int
-) -> dict[str, Any]:
+def _agreement(measured: np.ndarray, predicted: np.ndarray, passages: pd.Series, n_resamples: int) -> dict[str, Any]:
     same = np.sign(measured) * np.sign(predicted) > 0
     wilson = wilson_interval(int(same.sum()), len(same))
     varied = len(same) > 2 and np.ptp(measured) > 0 and np.ptp(predicted) > 0
