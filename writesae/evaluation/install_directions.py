@@ -1,4 +1,4 @@
-"""The directions of an install at equal norm: the paper's fixed one with three key sides, Lambda's, Lambda refined, random ones."""
+"""The directions of an install that need no gradient, at equal norm: the paper's with three key sides, and random ones."""
 
 import torch
 from jaxtyping import Float, Int

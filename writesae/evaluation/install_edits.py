@@ -1,10 +1,9 @@
-"""Rank-1 writes that are added at the three install positions, many trials side by side, and the steering they are held against."""
+"""What is added at the three install positions, many trials side by side: rank-1 writes, or steering vectors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_recurrent import ActivationEdit, WriteEdit

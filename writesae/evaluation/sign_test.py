@@ -1,4 +1,4 @@
-"""The single-position sign test (WriteSAE, arXiv:2605.12770; protocol 8): does the predicted sign of a cached edit's effect hold?
+"""The single-position sign test (WriteSAE, arXiv:2605.12770; protocol 8): is a cached edit's effect of the predicted sign?
 
 At one position t the state of one head is changed after t has been read, S_t += m x v_T*^T, with m in units of the native
 write's norm, v_T* = W_O[h] W_U[T] of length 1, and as key side x one of
@@ -7,8 +7,8 @@ write's norm, v_T* = W_O[h] W_U[T] of length 1, and as key side x one of
     next_query   the query of t + 1
     atom_key     the key side of the atom with the largest coefficient at t
 
-The change of log p(T) at t + 1 is measured, and predicted twice: by first order (x^T Lambda v_T*, Lambda being the gradient with
-respect to what is carried on from t), and by the paper's product, decay x <x, q_{t+1}> x |W_O[h] W_U[T]|, which leaves out the
+The change of log p(T) at t + 1 is measured, and predicted twice: by first order (x^T Lambda v_T*, Lambda being the gradient
+with respect to what is carried on from t), and by the paper's product, decay x <x, q_{t+1}> x |W_O[h] W_U[T]|, which leaves out the
 erase, the gated norms and everything above the layer, and predicts a logit.
 """
 
