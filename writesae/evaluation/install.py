@@ -16,8 +16,8 @@ as makes their collateral KL that of lambda_refined:
     steering_shorter, steering_gradient_shorter   of the lengths whose KL is at most that, the one best for the target, since
                         the length of equal KL can be far beyond it
 
-Cells: "given" is the caller's. "auto" chooses one per target and prompt: of the `candidates` cells whose Lambda promises most per
-native norm, the one in which a refined write gets furthest. Every condition of a trial uses the same cell.
+Cells: "given" is the caller's. "auto" chooses one per target and prompt: of the `candidates` cells whose Lambda promises most
+per native norm, the one in which a refined write gets furthest. Every condition of a trial uses the same cell.
 """
 
 from collections.abc import Iterator
@@ -146,7 +146,9 @@ def install(
     config = config or InstallConfig()
     check_cell(model, sae, layer, head)
     if tokens.shape[1] <= config.first_position:
-        raise ValueError(f"passages have {tokens.shape[1]} tokens; this test needs at least {config.first_position + 1}")
+        raise ValueError(
+            f"passages have {tokens.shape[1]} tokens; this test needs at least {config.first_position + 1}"
+        )
     sites = install_sites(tokens, config.prompts, config.positions, config.first_position, config.seed)
     test = _Test(model, sae, tokens, (layer, head), config, encode_cell(model, sae, tokens, layer, head))
     rows: list[dict[str, Any]] = []
@@ -290,7 +292,7 @@ class _Test:
             "steering": unembedding_steering(self.model, trials.tokens, layers),
             "steering_gradient": gradient_steering(residual, layers),
         }
-        found = {}
+        found: dict[str, Steering] = {}
         for name, vector in vectors.items():
             matched, shorter = match_collateral(self.model, context, vector, trials.tokens, wanted)
             found |= {name: matched, f"{name}_shorter": shorter}

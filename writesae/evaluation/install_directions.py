@@ -1,4 +1,4 @@
-"""The directions of an install at equal norm: the paper's fixed one with three key sides, Lambda's, Lambda refined, random ones."""
+"""The directions of an install that need no gradient, at equal norm: the paper's with three key sides, and random ones."""
 
 import torch
 from jaxtyping import Float, Int
@@ -83,7 +83,5 @@ def random_directions(
     key, value, other = (unit(side).to(norms) for side in drawn.split([d_k, d_v, d_v], dim=-1))
     return {
         "random": Installs(cells, key, value * norms[..., None]),
-        "random_value": Installs(
-            cells, role_keys(context, "write_key", cells).to(norms), other * norms[..., None]
-        ),
+        "random_value": Installs(cells, role_keys(context, "write_key", cells).to(norms), other * norms[..., None]),
     }

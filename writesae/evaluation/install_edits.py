@@ -1,4 +1,4 @@
-"""Rank-1 writes that are added at the three install positions, many trials side by side, and the steering they are held against."""
+"""What is added at the three install positions, many trials side by side: rank-1 writes, or steering vectors."""
 
 from dataclasses import dataclass
 
@@ -74,9 +74,7 @@ class Steering:
         for layer in sorted(set(self.layers)):
             mine = torch.tensor([index for index, its in enumerate(self.layers) if its == layer])
             here = slice(first, first + PLACES)
-            edits.append(
-                ActivationEdit(_hook(layer), here, self.vector[mine], batch=mine + start, op="add")
-            )
+            edits.append(ActivationEdit(_hook(layer), here, self.vector[mine], batch=mine + start, op="add"))
         return edits
 
     def single(self, first: int) -> list[tuple[Edit, ...]]:

@@ -19,7 +19,8 @@ def collateral(
 ) -> tuple[Float[Tensor, " trial"], Float[Tensor, " trial"]]:
     """KL on the tokens that are not the target, each distribution renormalised without it, averaged over the steps.
 
-    Both directions, KL(edited || native) and KL(native || edited), in nats; `logits` are the edited run's and `native` the untouched run's log-probabilities, in float64.
+    Both directions, KL(edited || native) and KL(native || edited), in nats. `logits` are the edited run's, `native`
+    the untouched run's log-probabilities; both in float64.
     """
     place = targets[:, None, None].expand(-1, logits.shape[1], 1)
     after = logits.scatter(-1, place, -torch.inf).log_softmax(-1)

@@ -29,9 +29,7 @@ def unembedding_steering(
     return Steering(layers, (rows / rows.norm(dim=-1, keepdim=True))[:, None].expand(-1, PLACES, -1))
 
 
-def gradient_steering(
-    residual: dict[int, Float[Tensor, "trial place d_model"]], layers: tuple[int, ...]
-) -> Steering:
+def gradient_steering(residual: dict[int, Float[Tensor, "trial place d_model"]], layers: tuple[int, ...]) -> Steering:
     """The gradient at hook_resid_post of every trial's layer, of length 1 over all install positions together."""
     found = torch.stack([residual[layer][trial] for trial, layer in enumerate(layers)])
     return Steering(layers, found / found.norm(dim=(-1, -2), keepdim=True).clamp(min=1e-30))

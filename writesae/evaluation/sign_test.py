@@ -1,4 +1,4 @@
-"""The single-position sign test (WriteSAE, arXiv:2605.12770; protocol 8): does the predicted sign of a cached edit's effect hold?
+"""The single-position sign test (WriteSAE, arXiv:2605.12770; protocol 8): is a cached edit's effect of the predicted sign?
 
 At one position t the state of one head is changed after t has been read, S_t += m x v_T*^T, with m in units of the native
 write's norm, v_T* = W_O[h] W_U[T] of length 1, and as key side x one of
@@ -7,8 +7,8 @@ write's norm, v_T* = W_O[h] W_U[T] of length 1, and as key side x one of
     next_query   the query of t + 1
     atom_key     the key side of the atom with the largest coefficient at t
 
-The change of log p(T) at t + 1 is measured, and predicted twice: by first order (x^T Lambda v_T*, Lambda being the gradient with
-respect to what is carried on from t), and by the paper's product, decay x <x, q_{t+1}> x |W_O[h] W_U[T]|, which leaves out the
+The change of log p(T) at t + 1 is measured, and predicted twice: by first order (x^T Lambda v_T*, Lambda being the gradient
+with respect to what is carried on from t), and by the paper's product, decay x <x, q_{t+1}> x |W_O[h] W_U[T]|, which leaves out the
 erase, the gated norms and everything above the layer, and predicts a logit.
 """
 
@@ -205,15 +205,15 @@ class _Test:
         _, cache = self.model.run_with_cache(
             text[:, t:].expand(rows, -1), names_filter=names, incl_bwd=True, metric=total, state=state.fork(rows)
         )
-        carried = cache.write_grad(self.layer, self.head, 0)  # what t reads itself bears on no later logit of this layer ...
+        carried = cache.write_grad(
+            self.layer, self.head, 0
+        )  # what t reads itself bears on no later logit of this layer ...
         own = cache[f"{prefix}query"][:, 0, self.head, :, None] * cache[f"{prefix}read_grad"][:, 0, self.head, None, :]
         factors = {name.removeprefix(prefix): cache[name][0, :, self.head] for name in names if name in cache}
         return kept[0], (carried - own).detach(), factors  # ... but on layers above, so it is taken off
 
 
-def _agreement(
-    measured: np.ndarray, predicted: np.ndarray, passages: pd.Series, n_resamples: int
-) -> dict[str, Any]:
+def _agreement(measured: np.ndarray, predicted: np.ndarray, passages: pd.Series, n_resamples: int) -> dict[str, Any]:
     same = np.sign(measured) * np.sign(predicted) > 0
     wilson = wilson_interval(int(same.sum()), len(same))
     varied = len(same) > 2 and np.ptp(measured) > 0 and np.ptp(predicted) > 0

@@ -91,7 +91,9 @@ def test_measurements_equal_one_plain_full_pass(rule):
         assert found["rank"][trial] == (after[0] > after[0, target]).sum()
         others = [token for token in range(model.cfg.d_vocab) if token != target]
         p, q = (side[:, others].log_softmax(-1) for side in (after, context.log_probs))
-        assert found["collateral_kl"][trial].item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-10)
+        assert found["collateral_kl"][trial].item() == pytest.approx(
+            (p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-10
+        )
         reverse = (q.exp() * (q - p)).sum(-1).mean().item()
         assert found["collateral_kl_reverse"][trial].item() == pytest.approx(reverse, abs=1e-10)
 
@@ -99,9 +101,9 @@ def test_measurements_equal_one_plain_full_pass(rule):
 @over_rules
 def test_generation_with_batched_edits_equals_repeated_full_passes(rule):
     model, _, _, context = opened(rule)
-    count = 6
+    count = 2
     edits = random_installs(context, count, norms_at(context, count, 8.0))
-    steering = unembedding_steering(model, torch.arange(2), (0, LAYER)).scaled(torch.tensor([5.0, 9.0]))
+    steering = unembedding_steering(model, torch.arange(2), (0, LAYER)).scaled(torch.tensor([50.0, 90.0]))
     batch = edits.batched(context.first, "in_recurrence") + steering.batched(context.first, start=count)
     made = []
     singles = edits.single(context.first, "in_recurrence") + steering.single(context.first)
@@ -112,7 +114,7 @@ def test_generation_with_batched_edits_equals_repeated_full_passes(rule):
                 text = torch.cat([text, model.run_with_hooks(text, edits=single)[:, -1:].argmax(-1)], dim=1)
         made.append(text[0, 10:])
     assert any(not torch.equal(row, context.continuation) for row in made)
-    for target in range(model.cfg.d_vocab):
+    for target in sorted({int(row[-1]) for row in made}):
         inside = included(model, context, batch, torch.full((count + 2,), target), 5)
         assert inside.tolist() == [bool((row == target).any()) for row in made]
 
@@ -147,7 +149,7 @@ def test_no_write_of_equal_norm_is_steeper_than_lambda(rule):
     assert torch.allclose(split.norms.norm(dim=-1), norms.norm(dim=-1))
     assert (derivative(split) >= derivative(best) - 1e-12).all()
     rivals = fixed_directions(model, context, targets, (CELL, CELL), norms, None)
-    for seed in range(50):
+    for seed in range(20):
         rivals[f"random {seed}"] = random_installs(context, 2, norms, seed)
     for rival in rivals.values():
         assert torch.allclose(rival.norms, norms)
@@ -213,7 +215,7 @@ def test_steering_out_of_reach_stays_below():
     assert measure(model, context, matched.single(7), torch.tensor([3]))["collateral_kl"] < 1e6
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 10_000), st.floats(0, 40))
 def test_collateral_ignores_the_target(seed, raised):
     generator = torch.Generator().manual_seed(seed)
@@ -221,12 +223,18 @@ def test_collateral_ignores_the_target(seed, raised):
     edited = native + 0.3 * torch.randn(1, 4, 9, generator=generator, dtype=torch.float64)
     higher = edited.clone()
     higher[..., 5] += raised
-    for one, other in zip(*(collateral(x[None] if x.ndim == 2 else x, native.log_softmax(-1), torch.tensor([5])) for x in (edited, higher)), strict=True):
+    for one, other in zip(
+        *(
+            collateral(x[None] if x.ndim == 2 else x, native.log_softmax(-1), torch.tensor([5]))
+            for x in (edited, higher)
+        ),
+        strict=True,
+    ):
         assert torch.allclose(one, other, atol=1e-10)
         assert one > 0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 10_000))
 def test_budgets_are_equal_in_total(seed):
     norms, singular = torch.rand(2, 3, PLACES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -328,7 +336,9 @@ def test_result_pairs_trials_and_goes_through_json(tmp_path):
 def test_same_seed_same_table_whatever_else_runs():
     model, sae, tokens = cell()
     both, alone = (
-        install(model, sae, tokens, layer=LAYER, head=HEAD, config=InstallConfig(**{**SMALL.to_dict(), **changed})).table
+        install(
+            model, sae, tokens, layer=LAYER, head=HEAD, config=InstallConfig(**{**SMALL.to_dict(), **changed})
+        ).table
         for changed in ({}, {"cells": ("given",), "steering": False})
     )
     shared = both[(both["cell"] != "auto") & ~both["condition"].str.startswith("steering")].reset_index(drop=True)
