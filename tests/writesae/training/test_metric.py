@@ -29,17 +29,17 @@ def some_metric(seed=3):
 def test_the_gradients_are_a_sketch_of_the_fisher_information(layer_types):
     """E <Lambda, E>^2 over drawn labels is twice the KL of adding eps E, summed over positions, over eps^2."""
     model = tiny_model(layer_types, n_heads=4)
-    text = tokens_of(model, batch=1, length=7)
+    text = tokens_of(model, batch=1, length=6)
     key, value = factors(1, seed=5).key[0, 0], factors(1, seed=5).value[0, 0]
-    eps = 1e-3
+    eps = 1e-5
     plain = model(text).log_softmax(-1)
     edit = WriteEdit(LAYER, HEAD, T, "add", eps * key, value)
     kl = (plain.exp() * (plain - model(text, edits=[edit]).log_softmax(-1))).sum()
     generator = torch.Generator().manual_seed(0)
-    gradients = output_gradients(model, text.expand(1500, -1), LAYER, HEAD, generator)
+    gradients = output_gradients(model, text.expand(1000, -1), LAYER, HEAD, generator)
     effects = torch.einsum("nkv,k,v->n", gradients[:, T], key, value)
     assert effects.square().mean().item() == pytest.approx(2 * kl.item() / eps**2, rel=0.15)
-    assert abs(effects.mean()) < 4 * effects.std() / 1500**0.5  # a score has mean zero
+    assert abs(effects.mean()) < 4 * effects.std() / 1000**0.5  # a score has mean zero
 
 
 def test_the_roots_are_those_of_both_sides():
@@ -62,7 +62,7 @@ def test_the_error_of_transformed_samples_is_that_of_the_metric():
     torch.testing.assert_close(seen, metric.key_root @ samples.matrices() @ metric.value_root)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     encoder=st.sampled_from(["bilinear", "tied", "linear"]),
     decoder=st.sampled_from(["outer_product", "dense"]),
