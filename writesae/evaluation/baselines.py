@@ -93,7 +93,7 @@ class BaselinesResult(Result):
 
     kind = "baselines"
     dictionaries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per trained or fitted method, on held-out text, how well it rebuilds what it learned from: fvu, l0, dead_fraction, parameters."""
+    """Per trained or fitted method how well it rebuilds held-out text: fvu, l0, dead_fraction, parameters."""
 
     @property
     def replacement(self) -> ReplacementResult:
