@@ -46,7 +46,9 @@ def encoder_swap(
         from writesae.evaluation.encoder_swap import encoder_swap as run
 
         sizes = {"n_atoms": atoms, "k": k, "steps": steps, "total": firings, "horizon": horizon, "seed": seed}
-        config = EncoderSwapConfig(presets=tuple(preset or TYPES), seeds=tuple(range(seeds)), **sizes)
+        config = EncoderSwapConfig.from_dict(
+            {"presets": tuple(preset or TYPES), "seeds": tuple(range(seeds)), **sizes},
+        )
         cells = [_cell(one) for one in cell or ["0:0"]]
         loaded = load_model(model)
         held = held_text(loaded, passages=passages, length=length, text=text)

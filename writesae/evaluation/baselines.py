@@ -28,6 +28,7 @@ import writesae.evaluation.stand_ins as stand_ins
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import TrainConfig, WriteSAEConfig
+from writesae.evaluation.exchange import READINGS
 from writesae.evaluation.firings import CellWrites, encode_cell, trained_on
 from writesae.evaluation.head_to_head import against, intervals
 from writesae.evaluation.low_rank import LowRank
@@ -56,6 +57,8 @@ class BaselinesConfig(StrictConfig):
     """Most firings in all."""
     horizon: int = 16
     """Tokens after the firing over which the horizon reading averages."""
+    readings: tuple[str, ...] = READINGS
+    """Which of "in_recurrence", "cache" and "horizon" are measured."""
     first_position: int = 8
     """Earliest position of a firing."""
     components: int | None = None
@@ -77,7 +80,9 @@ class BaselinesConfig(StrictConfig):
             per_atom=self.per_atom,
             total=self.total,
             horizon=self.horizon,
+            readings=self.readings,
             first_position=self.first_position,
+            form="additive",
             seed=self.seed,
         )
 
@@ -88,7 +93,7 @@ class BaselinesResult(Result):
 
     kind = "baselines"
     dictionaries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Per trained or fitted method what it is and how well it rebuilds held-out writes: fvu, l0, dead_fraction, parameters."""
+    """Per trained or fitted method how well it rebuilds held-out text: fvu, l0, dead_fraction, parameters."""
 
     @property
     def replacement(self) -> ReplacementResult:
@@ -217,7 +222,7 @@ def budget_of(sae: WriteSAE) -> TrainConfig:
 
 def flat_config(config: WriteSAEConfig) -> WriteSAEConfig:
     """The ordinary sparse autoencoder of as many atoms."""
-    same = {name: getattr(config, name) for name in ("n_atoms", "k", "center", "seed")}
+    same = {name: getattr(config, name) for name in ("n_atoms", "k", "center", "start", "seed")}
     return WriteSAEConfig.preset("flat", config.d_k, config.d_v, **same)
 
 

@@ -30,6 +30,7 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.files import plain, write_text
 from writesae.config import PRESETS, TrainConfig, WriteSAEConfig, require_one_of
+from writesae.evaluation.exchange import READINGS
 from writesae.evaluation.firings import encode_cell
 from writesae.evaluation.head_to_head import intervals
 from writesae.evaluation.replacement import ReplacementConfig, replacement
@@ -75,6 +76,8 @@ class EncoderSwapConfig(StrictConfig):
     """Most firings per cell."""
     horizon: int = 16
     """Tokens after the firing over which the horizon reading averages."""
+    readings: tuple[str, ...] = READINGS
+    """Which of "in_recurrence", "cache" and "horizon" are measured."""
     first_position: int = 8
     """Earliest position of a firing, and of the writes that the quality is measured on."""
     seed: int = 2026
@@ -101,6 +104,7 @@ class EncoderSwapConfig(StrictConfig):
             per_atom=self.per_atom,
             total=self.total,
             horizon=self.horizon,
+            readings=self.readings,
             first_position=self.first_position,
             seed=self.seed,
         )

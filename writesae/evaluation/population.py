@@ -22,6 +22,7 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import require_one_of
+from writesae.evaluation.exchange import READINGS
 from writesae.evaluation.firings import CellWrites, encode_cell
 from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacement_result import ATOM_COLUMN, ReplacementResult
@@ -57,10 +58,12 @@ class PopulationConfig(StrictConfig):
     """At which size: "coef", its coefficient, or "norm", the native write's norm (decision D3)."""
     horizon: int = 16
     """Tokens after the firing over which the horizon reading averages."""
+    readings: tuple[str, ...] = READINGS
+    """Which of "in_recurrence", "cache" and "horizon" are measured."""
     first_position: int = 8
     """Earliest position of a firing."""
     form: str | None = None
-    """What the native write is: "additive", or "net" with the erase (decision D1); None leaves it to the replacement test."""
+    """What the native write is: "additive", or "net" with the erase (decision D1); None takes the dictionary's."""
     seed: int = 2026
     """Seed of the choice of atoms and firings, and of the random controls."""
 
@@ -78,8 +81,9 @@ class PopulationConfig(StrictConfig):
             total=self.n_atoms * self.per_atom,
             horizon=self.horizon,
             first_position=self.first_position,
+            readings=self.readings,
             seed=self.seed,
-            **({} if self.form is None else {"form": self.form}),  # type: ignore[arg-type]
+            form=self.form,
         )
 
 
