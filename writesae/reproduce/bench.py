@@ -24,6 +24,7 @@ from writesae.training.objectives import ObjectiveConfig, best_dictionary
 SOURCES = {"write": ("hook_write", "additive"), "net": ("hook_write", "net"), "state": ("hook_state", "additive")}
 """What a plain dictionary may be trained on: the hook of its mixer, and the form."""
 SURVEYED = 8  # passages for the choice of the cell, as in the demo
+LATER = 16  # tokens for which the chosen cell's memory has to keep a write
 
 
 class Bench:
@@ -52,13 +53,14 @@ class Bench:
     @cached_property
     def cells(self) -> pd.DataFrame:
         """The survey of all cells, on training text."""
-        return survey(self.model, self.train_text.tokens[:SURVEYED].to(self.model.device), seed=self.config.seed)
+        tokens = self.train_text.tokens[:SURVEYED].to(self.model.device)
+        return survey(self.model, tokens, later=LATER, seed=self.config.seed)
 
     @cached_property
     def cell(self) -> tuple[int, int]:
         """(layer, head) of the run."""
         if self.config.layer is None or self.config.head is None:
-            return most_effective(self.cells)
+            return most_effective(self.cells, by="later_kl")
         return self.config.layer, self.config.head
 
     def dictionaries(

@@ -17,7 +17,7 @@ class ReproduceConfig(StrictConfig):
     """A bundled model, a local folder, or a hub name."""
     layer: int | None = None
     """Layer of the cell; None (with head) takes the paper's cell of the paper's models, and of another model the cell whose
-    deleted writes move the output most."""
+    deleted writes move the 16 tokens after them most, for a write that only its own token reads is no memory."""
     head: int | None = None
     """Head of the cell."""
     text: str | None = None
