@@ -8,8 +8,8 @@ write's norm, v_T* = W_O[h] W_U[T] of length 1, and as key side x one of
     atom_key     the key side of the atom with the largest coefficient at t
 
 The change of log p(T) at t + 1 is measured, and predicted twice: by first order (x^T Lambda v_T*, Lambda being the gradient
-with respect to what is carried on from t), and by the paper's product, decay x <x, q_{t+1}> x |W_O[h] W_U[T]|, which leaves out the
-erase, the gated norms and everything above the layer, and predicts a logit.
+with respect to what is carried on from t), and by the paper's product, decay x <x, q_{t+1}> x |W_O[h] W_U[T]|, which leaves
+out the erase, the gated norms and everything above the layer, and predicts a logit.
 """
 
 from collections.abc import Iterator
