@@ -58,6 +58,7 @@ def test_quality_is_that_of_the_matrices(ran):
     model, tokens, _, folder, result = ran
     for preset in TYPES:
         sae = WriteSAE.load(folder / "seed-5" / "sae" / f"l1h2-{preset}")
+        assert sae.config.seed == sae.provenance["training"]["seed"] == 5  # first factors and order of the writes
         writes = encode_cell(model, sae, tokens, 1, 2)
         x = torch.einsum("npk,npv->npkv", writes.key, writes.value)[:, 2:].flatten(0, 1)
         with torch.no_grad():

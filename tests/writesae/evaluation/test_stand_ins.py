@@ -109,4 +109,6 @@ def test_paired_numbers_by_hand():
     assert found["log_ratio"] == pytest.approx(np.median(ratios)) and found["closer"] == 0.75
     above = sum(np.sign(a - b) for a in kl for b in reference) / 16
     assert found["cliffs_delta"] == pytest.approx(above)
+    below = against(np.full(2, 1e-20), np.full(2, 1e-3), delete[:2], passages[::2], 1e-6, 10)
+    assert below["log_ratio"] == pytest.approx(np.log(1e-3))  # what is below the floor counts as the floor
     assert np.isnan(intervals(kl, np.zeros(4), "mean", 10)).all()
