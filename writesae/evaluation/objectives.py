@@ -73,11 +73,14 @@ class ObjectivesConfig(StrictConfig):
             raise ValueError("ObjectivesConfig.objectives must name one at least")
         for name in self.objectives:
             require_one_of(owner, "objectives", name, tuple(OBJECTIVES))
+            self.training.reconstruction_steps(OBJECTIVES[name])
 
     @classmethod
     def quick(cls, **fields: Any) -> "ObjectivesConfig":
         """Sizes for a first look of about a minute: the state objective, the plain one and the best, two seeds."""
-        training = ObjectiveConfig.from_dict({"n_atoms": 256, "steps": 200, "metric_passages": 4, "finetune": {"steps": 40}})
+        training = ObjectiveConfig.from_dict(
+            {"n_atoms": 256, "steps": 200, "metric_passages": 4, "finetune": {"steps": 40}}
+        )
         sizes = {"objectives": ("state", "write", "relative"), "seeds": 2, "firings": 100, "splice_passages": 1}
         return cls(**{**sizes, "training": training, **fields})
 

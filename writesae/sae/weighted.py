@@ -29,13 +29,16 @@ class Weighted(Factored):
         )
 
     def scaled(self, factor: Float[Tensor, ""] | float) -> "Weighted":
+        """Every matrix times `factor`; the weights stay."""
         return Weighted(self.key, self.value * factor, self.weight)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Weighted":
+        """The same samples elsewhere or in another type."""
         moved = (side.to(device=device or side.device, dtype=dtype or side.dtype) for side in self._parts())
         return Weighted(*moved)
 
     def take(self, rows: Rows) -> "Weighted":
+        """The chosen samples with their weights."""
         return Weighted(*(part[rows] for part in self._parts()))
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,9 +52,11 @@ class Weighted(Factored):
         rows: Sides,
         indices: Int[Tensor, "sample term"],
     ) -> Float[Tensor, "sample level"]:
+        """|X - sum|^2 times the weight."""
         return super().squared_errors(coefficients, left, right, rows, indices) * self.weight[:, None]
 
     def squared_errors_at(
         self, coefficients: Float[Tensor, "sample level term"], rows: Sides, indices: Int[Tensor, "sample term"]
     ) -> Float[Tensor, "sample level"]:
+        """The same by rows that no one has gathered."""
         return super().squared_errors_at(coefficients, rows, indices) * self.weight[:, None]

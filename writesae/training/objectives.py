@@ -105,14 +105,14 @@ class ObjectiveConfig(StrictConfig):
         require_positive(owner, n_atoms=self.n_atoms, k=self.k, steps=self.steps, batch_size=self.batch_size)
         require_positive(owner, metric_passages=self.metric_passages)
         require_at_least_zero(owner, damping=self.damping)
-        if self.finetune.steps >= self.steps:
-            raise ValueError(
-                f"ObjectiveConfig.finetune.steps must be fewer than all steps={self.steps}, got {self.finetune.steps}"
-            )
 
     def reconstruction_steps(self, objective: Objective) -> int:
-        """Steps of reconstruction: all, less those of the fine-tune."""
-        return self.steps - (self.finetune.steps if objective.kl else 0)
+        """Steps of reconstruction: all, less those of the fine-tune. Raises `ValueError` when that leaves none."""
+        left = self.steps - (self.finetune.steps if objective.kl else 0)
+        if left <= 0:
+            came, steps = self.finetune.steps, self.steps
+            raise ValueError(f"ObjectiveConfig.finetune.steps must be fewer than all steps={steps}, got {came}")
+        return left
 
 
 def train_objective(

@@ -81,5 +81,5 @@ def test_bad_objectives_cells_and_budgets():
     with pytest.raises(IndexError, match="head 4 is out of range"):
         train_objective(model, tokens, "write", layer=1, head=4)
     with pytest.raises(ValueError, match="fewer than all steps=200, got 200"):
-        ObjectiveConfig(steps=200)
+        train_objective(model, tokens, "relative_kl", config=ObjectiveConfig(steps=200), **CELL)
     assert ObjectiveConfig.from_dict(CONFIG.to_dict()) == CONFIG
