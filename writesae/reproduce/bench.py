@@ -23,8 +23,7 @@ from writesae.training.objectives import ObjectiveConfig, best_dictionary
 
 SOURCES = {"write": ("hook_write", "additive"), "net": ("hook_write", "net"), "state": ("hook_state", "additive")}
 """What a plain dictionary may be trained on: the hook of its mixer, and the form."""
-SURVEYED = 8  # passages for the choice of the cell, as in the demo
-LATER = 16  # tokens for which the chosen cell's memory has to keep a write
+REMEMBERS = 2.0  # tokens of half-life from which on a cell's memory is one: what only its own token reads is none
 
 
 class Bench:
@@ -38,12 +37,12 @@ class Bench:
     @cached_property
     def train_text(self) -> Passages:
         """Passages that may be fitted to."""
-        return self._cut("train", self.config.train_passages)
+        return self._cut("train", self.config.train_passages, self.config.seed)
 
     @cached_property
     def heldout(self) -> Passages:
-        """Passages of other files."""
-        return self._cut("heldout", self.config.heldout_passages)
+        """Passages of other files, by another seed than the one with which objectives were tried out."""
+        return self._cut("heldout", self.config.heldout_passages, self.config.seed + 1)
 
     @property
     def tokens(self) -> Int[Tensor, "passage pos"]:
@@ -53,14 +52,14 @@ class Bench:
     @cached_property
     def cells(self) -> pd.DataFrame:
         """The survey of all cells, on training text."""
-        tokens = self.train_text.tokens[:SURVEYED].to(self.model.device)
-        return survey(self.model, tokens, later=LATER, seed=self.config.seed)
+        tokens = self.train_text.tokens[: 8 if self.config.quick else 32].to(self.model.device)
+        return survey(self.model, tokens, seed=self.config.seed)
 
     @cached_property
     def cell(self) -> tuple[int, int]:
         """(layer, head) of the run."""
         if self.config.layer is None or self.config.head is None:
-            return most_effective(self.cells, by="later_kl")
+            return most_effective(self.cells[self.cells["half_life"] >= REMEMBERS])
         return self.config.layer, self.config.head
 
     def dictionaries(
@@ -89,7 +88,7 @@ class Bench:
         place = self.folder / f"best-L{self.cell[0]}H{self.cell[1]}"
         if not (place / "config.json").is_file():
             size = self.config
-            budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=size.train_steps)
+            budget = ObjectiveConfig(n_atoms=size.best_atoms, k=size.k, steps=size.train_steps)
             layer, head = self.cell
             tokens, told = self.train_text.tokens.to(self.model.device), self.progress("best dictionary")
             trained = best_dictionary(
@@ -138,7 +137,7 @@ class Bench:
         for name in missing.values():
             trained[name.replace("=", "_")].sae.save(self.folder / name)
 
-    def _cut(self, split: str, count: int) -> Passages:
+    def _cut(self, split: str, count: int, seed: int) -> Passages:
         folder = self.config.text
         files = standard_library(split) if folder is None else text_folder(folder, split)
-        return passages(files, self.model, self.config.length, split=split, max_passages=count, seed=self.config.seed)
+        return passages(files, self.model, self.config.length, split=split, max_passages=count, seed=seed)

@@ -16,20 +16,22 @@ class ReproduceConfig(StrictConfig):
     model: str = "tiny-gated-deltanet"
     """A bundled model, a local folder, or a hub name."""
     layer: int | None = None
-    """Layer of the cell; None (with head) takes the paper's cell of the paper's models, and of another model the cell whose
-    deleted writes move the 16 tokens after them most, for a write that only its own token reads is no memory."""
+    """Layer of the cell; None (with head) takes the paper's cell of the paper's models, and of another model that cell with a
+    half-life of two tokens or more whose deleted writes move the output most."""
     head: int | None = None
     """Head of the cell."""
     text: str | None = None
     """A folder of text files; None is the Python standard library."""
     length: int = 256
     """Tokens per passage (1,024 in the paper)."""
-    train_passages: int = 1200
+    train_passages: int = 1600
     """Passages that dictionaries are trained on (5,000 in the paper)."""
     heldout_passages: int = 200
     """Passages of other files that everything is tested on."""
     n_atoms: int = 512
     """Atoms of a dictionary (2,048 in the paper)."""
+    best_atoms: int = 2048
+    """Atoms of the dictionary for replacement, of which one at a time stands for a write."""
     k: int = 8
     """Atoms that may be active at once (32 in the paper)."""
     train_steps: int = 2000
@@ -40,9 +42,9 @@ class ReproduceConfig(StrictConfig):
     """Most firings of one atom."""
     seeds: int = 5
     """Seeds of what is trained several times."""
-    trials: int = 480
-    """Trials of the install experiment per direction and magnitude."""
-    contexts: int = 60
+    trials: int = 60
+    """Install trials of the main stratum and magnitude, per direction."""
+    contexts: int = 40
     """Contexts of the closed form."""
     seed: int = 0
     """Seed of everything."""
@@ -71,13 +73,20 @@ class ReproduceConfig(StrictConfig):
         cell = next((cell for name, cell in CELLS.items() if name.lower() in model.lower()), None)
         if not model.startswith("tiny-"):
             config = replace(
-                config, length=1024, train_passages=5000, heldout_passages=500, n_atoms=2048, k=32, train_steps=20000
+                config,
+                length=1024,
+                train_passages=5000,
+                heldout_passages=500,
+                n_atoms=2048,
+                best_atoms=8192,
+                k=32,
+                train_steps=20000,
             )
         if cell is not None:
             config = replace(config, layer=cell[0], head=cell[1])
         if quick:
             config = replace(
-                config, train_passages=200, heldout_passages=40, n_atoms=256, train_steps=400, firings=240, per_atom=5,
-                seeds=2, trials=48, contexts=10,
+                config, train_passages=200, heldout_passages=40, n_atoms=256, best_atoms=512, train_steps=400, firings=240,
+                per_atom=5, seeds=2, trials=16, contexts=10,
             )  # fmt: skip
         return replace(config, **{name: value for name, value in given.items() if value is not None})

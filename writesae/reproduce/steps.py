@@ -33,17 +33,22 @@ def _replacement(bench: Bench) -> Results:
     """The test of the paper's headline, for each kind of dictionary on the same passages."""
     size = bench.config
     config = ReplacementConfig(total=size.firings, per_atom=size.per_atom, seed=size.seed)
-    saes = {"best": bench.best, "write": bench.dictionary("write"), "state": bench.dictionary("state")}
-    return {name: bench.test(replacement, f"replacement, {name}", sae, config) for name, sae in saes.items()}
+    fewer = replace(config, total=size.firings // 3)
+    return {
+        "best": bench.test(replacement, "replacement, best", bench.best, config),
+        "write": bench.test(replacement, "replacement, write", bench.dictionary("write"), fewer),
+        "state": bench.test(replacement, "replacement, state", bench.dictionary("state"), fewer),
+    }
 
 
 def _heads(bench: Bench) -> Results:
-    """Every cell with a dictionary of its own writes; in a quick run the cell's layer."""
-    size = bench.config
-    every = [(layer, head) for layer in bench.model.cfg.recurrent_layers for head in range(bench.model.cfg.n_heads)]
-    saes = bench.dictionaries("write", bench.layer_cells if size.quick else every)
+    """All heads of the cell's layer, and (but for a quick run) its head in all layers, each with its own dictionary."""
+    size, (_, own) = bench.config, bench.cell
+    column = [(layer, own) for layer in bench.model.cfg.recurrent_layers]
+    cells = list(dict.fromkeys(bench.layer_cells if size.quick else bench.layer_cells + column))
+    saes = bench.dictionaries("write", cells)
     by_cell = {(layer, head): sae for (layer, head, _), sae in saes.items()}
-    config = ReplacementConfig(total=max(40, size.firings // 16), seed=size.seed)
+    config = ReplacementConfig(total=max(40, size.firings // 24), seed=size.seed)
     return {"write": sweep_cells(bench.model, by_cell, bench.tokens, config, on_progress=bench.progress("heads"))}
 
 
@@ -67,6 +72,7 @@ def _logits(bench: Bench) -> Results:
     some = [others[i] for i in torch.randperm(len(others), generator=generator)[:3].tolist()]
     config = LogitShiftConfig(total=bench.config.contexts, cells=(bench.cell, *some), seed=bench.config.seed)
     own = replace(config, cells=(bench.cell,))
+    config = replace(config, total=max(10, bench.config.contexts // 2))
     sae = bench.dictionary()
     return {
         "own_cell": bench.test(logit_shift, "logit shifts, own cell", sae, own),
@@ -75,7 +81,7 @@ def _logits(bench: Bench) -> Results:
 
 
 def _erase(bench: Bench) -> Results:
-    config = ErasureConfig(seed=bench.config.seed)
+    config = ErasureConfig(count=6, per_atom=60, writes=30, doses=(1.0, 2.0, 4.0), seed=bench.config.seed)
     if bench.config.quick:
         config = replace(config, count=3, per_atom=24, writes=10, doses=(1.0, 4.0))
     return {"write": bench.test(erasure, "erasure", bench.dictionary(), config)}
@@ -87,25 +93,28 @@ def _sign_test(bench: Bench) -> Results:
 
 
 def _install(bench: Bench) -> Results:
-    """All strata at the paper's middle magnitude; then the middle stratum at all magnitudes."""
-    size = bench.config
-    config = InstallConfig(positions=1, cells=("auto",), seed=size.seed)
-    if size.quick:
-        prompts = max(4, size.trials // 6)
-        few = replace(config, prompts=prompts, strata=("middle",), magnitudes=(3.0,), per_stratum=2)
-        return {"strata": bench.test(install, "install", bench.dictionary(), few)}
-    strata = replace(config, prompts=size.trials // 20, magnitudes=(3.0,))
-    doses = replace(config, prompts=size.trials // 20, strata=("middle",))
-    return {
-        "strata": bench.test(install, "install, strata", bench.dictionary(), strata),
-        "doses": bench.test(install, "install, doses", bench.dictionary(), doses),
-    }
+    """The middle stratum at the paper's middle magnitude; the other strata there; and the other magnitudes."""
+    size, sae = bench.config, bench.dictionary()
+    middle = InstallConfig(
+        prompts=size.trials // 2, positions=1, cells=("auto",), strata=("middle",), magnitudes=(3.0,), seed=size.seed
+    )
+    results = {"middle": bench.test(install, "install", sae, middle)}
+    if not size.quick:
+        few = replace(middle, prompts=size.trials // 5)
+        others = replace(few, strata=("frequent", "rare", "semantic"), steering=False)
+        doses = replace(few, magnitudes=(1.5, 6.0), steering=False)
+        results |= {
+            "strata": bench.test(install, "install, strata", sae, others),
+            "doses": bench.test(install, "install, doses", sae, doses),
+        }
+    return results
 
 
 def _steer(bench: Bench) -> Results:
-    config = SteeringConfig(seed=bench.config.seed)
+    """All heads of the cell's layer together, each with its dictionary of states."""
+    config = SteeringConfig(prompts=30, doses=(2.0, 5.0, 10.0), new_tokens=60, seed=bench.config.seed)
     if bench.config.quick:
-        config = replace(config, prompts=10, doses=(5.0,), new_tokens=30)
+        config = replace(config, prompts=6, doses=(5.0,), new_tokens=20)
     saes = {head: sae for (_, head, _), sae in bench.dictionaries("state", bench.layer_cells).items()}
     found = steering(
         bench.model, saes, bench.tokens, layer=bench.cell[0], config=config, on_progress=bench.progress("steering")
@@ -117,7 +126,7 @@ def _partition(bench: Bench) -> Results:
     """Register and bundle atoms, with the dictionaries of other seeds to match."""
     config, results = PartitionConfig(seed=bench.config.seed), {}
     for source in ("write", "state"):
-        first, *others = bench.dictionaries(source, [bench.cell], range(bench.config.seeds)).values()
+        first, *others = bench.dictionaries(source, [bench.cell], range(min(3, bench.config.seeds))).values()
         results[source] = bench.test(partition, f"partition, {source}", first, config, others=others)
     return results
 
@@ -167,11 +176,11 @@ def _baselines(bench: Bench) -> Results:
 def _encoder_swap(bench: Bench) -> Results:
     size = bench.config
     config = EncoderSwapConfig(
-        seeds=tuple(range(min(3, size.seeds))),
+        seeds=tuple(range(min(2, size.seeds))),
         n_atoms=size.n_atoms,
         k=size.k,
         steps=max(100, size.train_steps // 4),
-        total=max(30, size.firings // 16),
+        total=max(30, size.firings // 24),
         seed=size.seed,
     )
     found = encoder_swap(
@@ -188,8 +197,11 @@ def _encoder_swap(bench: Bench) -> Results:
 
 def _objectives(bench: Bench) -> Results:
     size = bench.config
-    budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=max(400, size.train_steps // 2))
-    config = ObjectivesConfig(seeds=size.seeds, training=budget, firings=size.firings // 6, seed=size.seed)
+    budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=max(400, size.train_steps // 3))
+    names = ("state", "write", "net", "fisher", "single", "relative", "relative_kl")
+    config = ObjectivesConfig(
+        objectives=names, seeds=size.seeds, training=budget, firings=size.firings // 12, seed=size.seed
+    )
     if size.quick:
         config = ObjectivesConfig.quick(seed=size.seed)
     found = compare_objectives(
