@@ -48,19 +48,19 @@ def _heads(bench: Bench) -> Results:
     cells = list(dict.fromkeys(bench.layer_cells if size.quick else bench.layer_cells + column))
     saes = bench.dictionaries("write", cells)
     by_cell = {(layer, head): sae for (layer, head, _), sae in saes.items()}
-    config = ReplacementConfig(total=max(40, size.firings // 24), seed=size.seed)
+    config = ReplacementConfig(total=max(30, size.firings // 24), seed=size.seed)
     return {"write": sweep_cells(bench.model, by_cell, bench.tokens, config, on_progress=bench.progress("heads"))}
 
 
 def _population(bench: Bench) -> Results:
     """Every atom counts once; then register against bundle atoms, on the same firings."""
     size = bench.config
-    config = PopulationConfig(n_atoms=max(10, size.firings // 20), per_atom=min(20, size.per_atom), seed=size.seed)
+    config = PopulationConfig(n_atoms=max(40, size.firings // 20), per_atom=min(20, size.per_atom + 1), seed=size.seed)
     return {"write": bench.test(population, "population", bench.dictionary(), config)}
 
 
 def _passage_test(bench: Bench) -> Results:
-    passages, config = 6 if bench.config.quick else 40, PassageTestConfig(seed=bench.config.seed)
+    passages, config = 6 if bench.config.quick else 40, PassageTestConfig(most=40, seed=bench.config.seed)
     return {"write": bench.test(passage_test, "passages", bench.dictionary(), config, passages)}
 
 
@@ -168,7 +168,7 @@ def _perplexity(bench: Bench) -> Results:
 
 
 def _baselines(bench: Bench) -> Results:
-    config = BaselinesConfig(total=bench.config.firings // 6, seed=bench.config.seed)
+    config = BaselinesConfig(total=max(60, bench.config.firings // 6), seed=bench.config.seed)
     sae = bench.dictionary()
     return {"write": bench.test(baselines, "baselines", sae, config, train_tokens=bench.train_text)}
 
@@ -176,7 +176,7 @@ def _baselines(bench: Bench) -> Results:
 def _encoder_swap(bench: Bench) -> Results:
     size = bench.config
     config = EncoderSwapConfig(
-        seeds=tuple(range(min(2, size.seeds))),
+        seeds=(0,) if size.quick else (0, 1),
         n_atoms=size.n_atoms,
         k=size.k,
         steps=max(100, size.train_steps // 4),
@@ -203,7 +203,7 @@ def _objectives(bench: Bench) -> Results:
         objectives=names, seeds=size.seeds, training=budget, firings=size.firings // 12, seed=size.seed
     )
     if size.quick:
-        config = ObjectivesConfig.quick(seed=size.seed)
+        config = ObjectivesConfig.quick(seed=size.seed, firings=60)
     found = compare_objectives(
         bench.model,
         bench.train_text.tokens.to(bench.model.device),

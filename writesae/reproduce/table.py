@@ -18,8 +18,9 @@ def _replacement() -> Iterator[Row]:
         for reading, when in READINGS.items():
             where = {"run": run, "reading": reading, "pool": "dominant", "scale": "coef"}
             theirs = paper if (run, reading) == ("state", "cache") else {}
+            above = None if run == "state" else 0.5  # whether the paper's objective wins is what the test asks
             yield Row(
-                "replacement", f"{run}: wins, {when}", "win_rate", where, "by_passage", paper=theirs, above=0.5
+                "replacement", f"{run}: wins, {when}", "win_rate", where, "by_passage", paper=theirs, above=above
             )  # fmt: skip
     where = {"run": "best", "reading": "cache", "pool": "dominant", "scale": "coef"}
     chain = {GDN: "89.5%"}
@@ -82,7 +83,7 @@ def _passage_test() -> Iterator[Row]:
             ("delete", "every firing's write deleted", {GDN: "+0.005"}, None),
             ("atom", "the atom in its place", {}, None),
             ("random_gaussian", "random writes of equal norm", {GDN: "+0.226"}, 0.0),
-            ("other_writes", "as many other writes deleted", {}, None),
+            ("delete_other", "as many other writes deleted", {}, None),
         )
     )  # fmt: skip
 
@@ -137,7 +138,7 @@ def _erase() -> Iterator[Row]:
     yield Row("erase", "chosen on other passages, at t: mean change", "mean", honest, "mean_interval", form="number")
     yield Row("erase", "and beyond a random token's", "minus_null", honest, "minus_null_interval", form="number")
     for dose in (1.0, 4.0):
-        written = {"test": "write", "reading": "in_recurrence", "token_kind": "preferred", "dose": dose, "atom": "all"}
+        written = {**honest, "test": "write", "condition": "atom", "dose": dose}
         theirs = {GDN: {1.0: "+0.00003", 4.0: "+0.016"}[dose]}
         yield Row(
             "erase", f"atom written where it is silent, {dose:g} times its median: median change", "median", written,
@@ -298,12 +299,12 @@ def _readers() -> Iterator[Row]:
         "readers", "strongest reader of eight atoms together: its change over that of random deletions", "ratio", where,
         "ratio_interval", form="number", paper={GDN: "7.5, correlational"},
     )  # fmt: skip
-    yield Row("readers", "its Holm p over later heads", "p_holm", where, form="number")
+    yield Row("readers", "its Holm p over later heads", "holm_ratio", where, form="number")
 
 
 def _perplexity() -> Iterator[Row]:
     for run, variant, words, theirs in (
-        ("state", "states", "all heads, state dictionaries", {GDN: "+0.58% to +1.33%"}),
+        ("state", "state", "all heads, state dictionaries", {GDN: "+0.58% to +1.33%"}),
         ("write", "writes", "all heads, write dictionaries", {}),
         ("state", "zero", "all heads emptied", {}),
         ("state", "mean", "all heads at their mean", {}),
@@ -312,7 +313,7 @@ def _perplexity() -> Iterator[Row]:
             "perplexity", f"{words}: rise in %", "percent", {"run": run, "variant": variant, "k": 4}, "percent_interval",
             form="number", paper=theirs,
         )  # fmt: skip
-    for run, variant in (("state", "states"), ("write", "writes")):
+    for run, variant in (("state", "state"), ("write", "writes")):
         where = {"run": run, "variant": variant, "k": 1}
         yield Row(
             "perplexity", f"one head, {run} dictionary: rise in %", "percent", where, "percent_interval", form="number"
