@@ -30,11 +30,12 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.evaluation.exchange import READINGS
 from writesae.evaluation.firings import CellWrites, encode_cell, trained_on
-from writesae.evaluation.head_to_head import against, intervals
+from writesae.evaluation.head_to_head import against
 from writesae.evaluation.low_rank import LowRank
 from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacement_result import ReplacementResult
 from writesae.evaluation.result import Result, Told
+from writesae.evaluation.statistics import interval
 from writesae.sae.write_sae import WriteSAE
 from writesae.stream.corpus import Passages
 from writesae.stream.sources import Source, collect
@@ -124,7 +125,7 @@ class BaselinesResult(Result):
                     row: dict[str, Any] = {"reading": str(reading), "method": method, "scale": scale, "n": len(mine)}
                     row["n_passages"] = len(np.unique(passages))
                     row["win_rate"] = float((mine < delete).mean())
-                    row["by_passage"] = intervals(mine < delete, passages, "mean", n_resamples)
+                    row["by_passage"] = interval(mine < delete, passages, "mean", n_resamples)
                     row["median_kl"] = float(np.median(mine))
                     if method != REFERENCE:
                         row |= against(mine, reference, delete, passages, floor, n_resamples)

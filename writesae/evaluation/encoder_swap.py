@@ -32,9 +32,9 @@ from hooked_recurrent.files import plain, write_text
 from writesae.config import PRESETS, TrainConfig, WriteSAEConfig, require_one_of
 from writesae.evaluation.exchange import READINGS
 from writesae.evaluation.firings import encode_cell
-from writesae.evaluation.head_to_head import intervals
 from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.result import Result, Told
+from writesae.evaluation.statistics import interval
 from writesae.sae.samples import Factored
 from writesae.sae.write_sae import WriteSAE
 from writesae.stream.sources import Source
@@ -315,7 +315,7 @@ def _quality(sae: WriteSAE, samples: Factored) -> dict[str, float]:
 
 def _wins(table: pd.DataFrame, column: str, reference: str | None) -> dict[str, Any]:
     kl, delete, passages = (table[name].to_numpy() for name in (column, "kl_delete", "passage"))
-    low, high = intervals(kl < delete, passages, "mean", 1000)
+    low, high = interval(kl < delete, passages, "mean", 1000)
     return {
         "n": len(kl),
         "win_rate": float((kl < delete).mean()),

@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from writesae.evaluation.paired import change, interval, with_holm
+from writesae.evaluation.paired import change, with_holm
 from writesae.evaluation.result import Result
+from writesae.evaluation.statistics import interval
 
 ALL = "all"
 """The atom column of a row that pools all atoms."""

@@ -4,17 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from writesae.evaluation.statistics import Numbers, Statistic, cliffs_delta, cluster_bootstrap, paired_wilcoxon
+from writesae.evaluation.statistics import (
+    cliffs_delta,
+    interval,
+    paired_wilcoxon,
+)
 
 _NOTHING = 1e-12  # nats; a KL below it is rounding, and has no logarithm worth looking at
-
-
-def intervals(values: Numbers, clusters: np.ndarray, statistic: Statistic, n_resamples: int) -> list[float]:
-    """The 95% interval of a statistic when clusters were sampled; NaN where one cluster holds everything."""
-    if len(np.unique(clusters)) < 2:
-        return [float("nan"), float("nan")]
-    found = cluster_bootstrap(np.asarray(values, dtype=float), clusters, statistic, n_resamples=n_resamples)
-    return [found.low, found.high]
 
 
 def against(
@@ -31,9 +27,9 @@ def against(
     ratio = np.log(np.maximum(kl, least) / np.maximum(reference, least))
     return {
         "difference": float(gained.mean()),
-        "difference_by_passage": intervals(gained, passages, "mean", n_resamples),
+        "difference_by_passage": interval(gained, passages, "mean", n_resamples),
         "log_ratio": float(np.median(ratio)),
-        "log_ratio_by_passage": intervals(ratio, passages, "median", n_resamples),
+        "log_ratio_by_passage": interval(ratio, passages, "median", n_resamples),
         "cliffs_delta": cliffs_delta(kl, reference),
         "closer": float((kl < reference).mean()),
         "wilcoxon_p": paired_wilcoxon(kl, reference).p_value if len(kl) > 1 else float("nan"),

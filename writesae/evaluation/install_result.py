@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from writesae.evaluation.result import Result
-from writesae.evaluation.statistics import cluster_bootstrap
+from writesae.evaluation.statistics import interval
 
 NATIVE = "native"
 STEERING = ("steering", "steering_shorter", "steering_gradient", "steering_gradient_shorter")
@@ -107,7 +107,7 @@ def _summarise(condition: str, rows: pd.DataFrame, trials: pd.DataFrame, n_resam
         "condition": condition,
         "n": len(rows),
         "inclusion": float(rows["included"].mean()),
-        "inclusion_by_passage": _interval(rows["included"].astype(float), rows["passage"], n_resamples),
+        "inclusion_by_passage": interval(rows["included"].astype(float), rows["passage"], n_resamples=n_resamples),
         "native_inclusion": float(trials[NATIVE].mean()),
         "median_delta_logprob": float(rows["delta_logprob"].median()),
         "median_rank_improvement": float(rows["rank_improvement"].median()),
@@ -129,7 +129,7 @@ def _summarise(condition: str, rows: pd.DataFrame, trials: pd.DataFrame, n_resam
 def _advantage(trials: pd.DataFrame, condition: str, control: str, n_resamples: int) -> dict[str, Any]:
     difference = trials[condition].astype(float) - trials[control].astype(float)
     trial, passage = trials["passage"].astype(str) + "/" + trials["target"].astype(str), trials["passage"]
-    by_trial, by_passage = (_interval(difference, labels, n_resamples) for labels in (trial, passage))
+    by_trial, by_passage = (interval(difference, labels, n_resamples=n_resamples) for labels in (trial, passage))
     return {
         "difference": float(difference.mean()),
         "by_prompt_and_target": by_trial,
@@ -145,11 +145,3 @@ def _part(rows: pd.DataFrame, stratum: str | None, magnitude: float | None) -> p
     if stratum is not None:
         rows = rows[rows["stratum"] == stratum]
     return rows if magnitude is None else rows[rows["magnitude"] == magnitude]
-
-
-def _interval(values: pd.Series, labels: pd.Series, n_resamples: int) -> list[float]:
-    """Bounds of a clustered mean; NaN where one cluster holds everything."""
-    if labels.nunique() < 2:
-        return [float("nan"), float("nan")]
-    interval = cluster_bootstrap(values.to_numpy(), labels.to_numpy(), n_resamples=n_resamples)
-    return [interval.low, interval.high]

@@ -123,7 +123,9 @@ class ObjectivesResult(Result):
         )
         found["by_passage"] = [float("nan")] * 2
         if len(counts) > 1:
-            interval = cluster_bootstrap(won, np.repeat(counts.index.to_numpy(), counts["firings"]), n_resamples=n_resamples)
+            interval = cluster_bootstrap(
+                won, np.repeat(counts.index.to_numpy(), counts["firings"]), n_resamples=n_resamples
+            )
             found["by_passage"] = [interval.low, interval.high]
         if objective != reference:
             against = self.difference(objective, reference, reading, n_resamples)

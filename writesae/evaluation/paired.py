@@ -9,21 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from writesae.evaluation.statistics import Numbers, Statistic, cluster_bootstrap, paired_wilcoxon
-
-
-def interval(
-    values: Numbers,
-    clusters: Numbers,
-    statistic: Statistic = "mean",
-    n_resamples: int = 5000,
-) -> list[float]:
-    """[low, high] of a statistic by a bootstrap over clusters; NaN where there are fewer than two of them."""
-    values, clusters = np.asarray(values, dtype=float), np.asarray(clusters)
-    if len(np.unique(clusters)) < 2:
-        return [float("nan"), float("nan")]
-    found = cluster_bootstrap(values, clusters, statistic, n_resamples=n_resamples)
-    return [found.low, found.high]
+from writesae.evaluation.statistics import Numbers, interval, paired_wilcoxon
 
 
 def passage_p(values: Numbers, clusters: Numbers) -> float:

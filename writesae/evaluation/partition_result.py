@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from writesae.evaluation.distributions import Mixture, bimodality_coefficient, ks_clustered
 from writesae.evaluation.result import Result
-from writesae.evaluation.statistics import cluster_bootstrap, holm
+from writesae.evaluation.statistics import holm, interval
 
 FORMS = ("additive", "net")
 REGISTER, BUNDLE, NULL = "register", "bundle", "null"
@@ -82,7 +82,7 @@ class PartitionResult(Result):
             **{f"n_{name}": int(self.table[name].sum()) for name in self.table if name.startswith("alive_")},
             "n_null": len(self.table) - len(alive),
             "median_cosine": float(cosine.median()),
-            "median_cosine_interval": _interval(cosine, alive["atom"], n_resamples),
+            "median_cosine_interval": interval(cosine, alive["atom"], "median", n_resamples),
             "null_median_cosine": float(alive[f"null_{form}"].median()),
             "mean_strongest": float(alive[f"strongest_cosine_{form}"].mean()),
             "null_strongest": float(alive[f"strongest_null_{form}"].mean()),
@@ -167,13 +167,6 @@ class PartitionResult(Result):
         axes.axvline(self.config["threshold"], color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel=f"cosine to the {form} native write, median over firings", ylabel="atoms")
         axes.legend(frameon=False)
-
-
-def _interval(values: pd.Series, clusters: pd.Series, n_resamples: int) -> list[float]:
-    if clusters.nunique() < 2:
-        return [float("nan"), float("nan")]
-    found = cluster_bootstrap(values, clusters, "median", n_resamples=n_resamples)
-    return [found.low, found.high]
 
 
 def compare_hosts(

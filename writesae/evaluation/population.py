@@ -27,7 +27,7 @@ from writesae.evaluation.firings import CellWrites, encode_cell
 from writesae.evaluation.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacement_result import ATOM_COLUMN, ReplacementResult
 from writesae.evaluation.result import Result, Told
-from writesae.evaluation.statistics import cluster_bootstrap
+from writesae.evaluation.statistics import interval
 from writesae.evaluation.substitutes import DELETE, POOLS, SCALES
 from writesae.sae.samples import Factored
 from writesae.sae.write_sae import WriteSAE
@@ -252,20 +252,13 @@ def _part(atoms: pd.DataFrame, firings: pd.DataFrame, n_resamples: int) -> dict[
         "n_atoms": len(atoms),
         "n_firings": len(mine),
         "win_rate": float(rates.mean()),
-        "by_atom": _interval(rates, atoms["atom"], n_resamples),
+        "by_atom": interval(rates, atoms["atom"], n_resamples=n_resamples),
         "median": float(rates.median()),
         "range": [float(rates.min()), float(rates.max())],
         "firing_rate": float(mine["won"].mean()),
-        "by_passage": _interval(mine["won"], mine["passage"], n_resamples),
+        "by_passage": interval(mine["won"], mine["passage"], n_resamples=n_resamples),
         "n_passages": int(mine["passage"].nunique()),
     }
-
-
-def _interval(values: pd.Series, clusters: pd.Series, n_resamples: int) -> list[float]:
-    if clusters.nunique() < 2:
-        return [float("nan"), float("nan")]
-    found = cluster_bootstrap(values, clusters.to_numpy(), n_resamples=n_resamples)
-    return [found.low, found.high]
 
 
 def _trends(atoms: pd.DataFrame) -> dict[str, float]:

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from writesae.evaluation.paired import interval, passage_p, with_holm
+from writesae.evaluation.paired import passage_p, with_holm
 from writesae.evaluation.result import Result
+from writesae.evaluation.statistics import interval
 
 ALL = "all"
 """The atom column of a row that pools all atoms."""

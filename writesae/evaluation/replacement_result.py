@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from writesae.evaluation.replacement_figures import replacement_figure
 from writesae.evaluation.result import Result
-from writesae.evaluation.statistics import cluster_bootstrap, median_mad, paired_wilcoxon, wilson_interval
+from writesae.evaluation.statistics import interval, median_mad, paired_wilcoxon, wilson_interval
 from writesae.evaluation.substitutes import CONDITIONS, DELETE, NATIVE, POOLS, SCALES
 
 # The column of the atom that each pool substitutes, by which its wins are grouped.
@@ -121,7 +121,7 @@ class ReplacementResult(Result):
         found = []
         for name, values in explanations.items():
             for number, here in _quantiles(values, bins):
-                interval = _bootstrap(won[here].to_numpy(float), rows.loc[here, "passage"], n_resamples)
+                bounds = interval(won[here].to_numpy(float), rows.loc[here, "passage"], n_resamples=n_resamples)
                 found.append(
                     {
                         "by": name,
@@ -131,8 +131,8 @@ class ReplacementResult(Result):
                         "n": int(here.sum()),
                         "wins": int(won[here].sum()),
                         "win_rate": float(won[here].mean()),
-                        "from": interval[0],
-                        "to": interval[1],
+                        "from": bounds[0],
+                        "to": bounds[1],
                         "share_of_losses": float((~won[here]).sum() / lost),
                         "median_kl_atom": float(kl[here].median()),
                         "median_kl_delete": float(delete[here].median()),
@@ -158,8 +158,8 @@ class ReplacementResult(Result):
         random = rows[f"kl_{CONTROL_OF.get((pool, scale), SILENT)}"].to_numpy()
         won = (atom < delete).astype(float)
         wilson = wilson_interval(int(won.sum()), len(won))
-        by_atom = _bootstrap(won, rows[atoms], n_resamples)
-        by_passage = _bootstrap(won, rows["passage"], n_resamples)
+        by_atom = interval(won, rows[atoms], n_resamples=n_resamples)
+        by_passage = interval(won, rows["passage"], n_resamples=n_resamples)
         spreads = {
             name: median_mad(values) for name, values in (("atom", atom), ("delete", delete), ("random", random))
         }
@@ -198,11 +198,3 @@ def _quantiles(values: pd.Series, bins: int) -> Iterator[tuple[int, pd.Series]]:
         groups = groups.fillna(0)
     for number, code in enumerate(sorted(groups.dropna().unique())):
         yield number, groups == code
-
-
-def _bootstrap(won: np.ndarray, clusters: pd.Series, n_resamples: int) -> list[float]:
-    """The interval of a mean clustered by a column; NaN where one cluster holds everything."""
-    if clusters.nunique() < 2:
-        return [float("nan"), float("nan")]
-    interval = cluster_bootstrap(won, clusters.to_numpy(), n_resamples=n_resamples)
-    return [interval.low, interval.high]

@@ -16,7 +16,6 @@ is as high, the atom's own says nothing about the atom. The atom at half its nor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +30,7 @@ from writesae.config import require_one_of
 from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings
 from writesae.evaluation.low_rank import LowRank
 from writesae.evaluation.result import Result, Told
-from writesae.evaluation.statistics import cluster_bootstrap
+from writesae.evaluation.statistics import interval
 from writesae.sae.write_sae import WriteSAE
 
 ADDED = ("atom", "half_atom", "other_atom", "gaussian", "second_gaussian", "orthogonal")
@@ -102,10 +101,10 @@ class SelectivityResult(Result):
                 values = own[f"selectivity_{size}"].to_numpy(dtype=float)
                 apart = values - check[f"selectivity_{size}"].to_numpy(dtype=float)
                 row = {"pair": pair, "K": size, "selectivity": float(values.mean())}
-                row["interval"] = _interval(values, own["passage"], n_resamples)
+                row["interval"] = interval(values, own["passage"], n_resamples=n_resamples)
                 row |= {"share_above_0.99": float((values > _HIGH).mean()), "chance": 1 - size / self.vocabulary}
                 row |= {"minus_check": float(apart.mean())}
-                row["minus_check_interval"] = _interval(apart, own["passage"], n_resamples)
+                row["minus_check_interval"] = interval(apart, own["passage"], n_resamples=n_resamples)
                 row |= {"n": len(values), "n_passages": int(own["passage"].nunique())}
                 rows.append(row | {"floor": float(own["floor"].max())})
         return rows
@@ -122,13 +121,6 @@ class SelectivityResult(Result):
         axes.set(xlabel="K", ylabel="1 - overlap of the K most shifted tokens", ylim=(-0.02, 1.02))
         axes.legend(frameon=False)
         return figure
-
-
-def _interval(values: np.ndarray, clusters: pd.Series, n_resamples: int) -> list[float]:
-    if clusters.nunique() < 2:
-        return [float("nan"), float("nan")]
-    found = cluster_bootstrap(values, clusters.to_numpy(), n_resamples=n_resamples)
-    return [found.low, found.high]
 
 
 @torch.no_grad()

@@ -172,6 +172,16 @@ def cluster_bootstrap(
     return Interval(estimate, float(low), float(high), f"cluster bootstrap over {len(names)} clusters", confidence)
 
 
+def interval(values: Numbers, clusters: Numbers, statistic: Statistic = "mean", n_resamples: int = 5000) -> list[float]:
+    """[low, high] of `cluster_bootstrap`, for a table; NaN twice where there are fewer than two clusters to redraw."""
+    column = np.asarray(values, dtype=float)
+    labels: np.ndarray = np.asarray(clusters)
+    if len(np.unique(labels)) < 2:
+        return [float("nan"), float("nan")]
+    found = cluster_bootstrap(column, labels, statistic, n_resamples=n_resamples)
+    return [found.low, found.high]
+
+
 def _draw_clusters(n_clusters: int, n_resamples: int, seed: int) -> np.ndarray:
     """How often each cluster is drawn: [resample, cluster], each row summing to n_clusters."""
     equal = np.full(n_clusters, 1 / n_clusters)

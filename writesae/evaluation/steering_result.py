@@ -8,8 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from writesae.evaluation.paired import interval, with_holm
+from writesae.evaluation.paired import with_holm
 from writesae.evaluation.result import Result
+from writesae.evaluation.statistics import interval
 
 BASELINE = "baseline"
 METRICS = ("tokens", "newlines", "word_length")

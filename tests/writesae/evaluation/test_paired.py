@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from writesae.evaluation.paired import change, holm_adjusted, interval, passage_p, with_holm
-from writesae.evaluation.statistics import holm
+from writesae.evaluation.paired import change, holm_adjusted, passage_p, with_holm
+from writesae.evaluation.statistics import holm, interval
 
 
 @settings(max_examples=6)

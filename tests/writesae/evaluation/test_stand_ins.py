@@ -8,7 +8,8 @@ from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae import WriteSAE, WriteSAEConfig
 from writesae.evaluation import stand_ins
 from writesae.evaluation.firings import Firing, encode_cell
-from writesae.evaluation.head_to_head import against, intervals
+from writesae.evaluation.head_to_head import against
+from writesae.evaluation.statistics import interval
 
 HERE = Firing(1, 7, 0, 1.0, 0, 1.0)
 
@@ -111,4 +112,4 @@ def test_paired_numbers_by_hand():
     assert found["cliffs_delta"] == pytest.approx(above)
     below = against(np.full(2, 1e-20), np.full(2, 1e-3), delete[:2], passages[::2], 1e-6, 10)
     assert below["log_ratio"] == pytest.approx(np.log(1e-3))  # what is below the floor counts as the floor
-    assert np.isnan(intervals(kl, np.zeros(4), "mean", 10)).all()
+    assert np.isnan(interval(kl, np.zeros(4), "mean", 10)).all()
