@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli.base import Json, Seed, app, plain_errors, progress
+from writesae.cli.base import Json, Seed, app, plain_errors
 from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
 from writesae.cli.training_text import training_text
 
@@ -39,15 +39,5 @@ def baselines(
         config = BaselinesConfig(per_atom=per_atom, total=firings, horizon=horizon, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=0, text=text)
         learned = training_text(study.model, study.sae.provenance, passages=train_passages, length=length, text=text)
-        with progress() as tell:
-            result = run(
-                study.model,
-                study.sae,
-                study.tokens,
-                layer=study.layer,
-                head=study.head,
-                train_tokens=learned,
-                config=config,
-                on_progress=lambda done, total: tell("replace", done, total),
-            )
+        result = study.run(run, config, "replace", train_tokens=learned)
         show(result, study, out, as_json)

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from writesae.cli.base import console, load_model, print_json
+from writesae.cli.base import console, load_model, print_json, progress
 from writesae.report.terminal import summary_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Int
     from torch import Tensor
 
@@ -45,6 +47,19 @@ class Study:
     """Its head."""
     about: dict
     """The record that every result keeps: model, dictionary, text."""
+
+    def run(self, experiment: "Callable[..., Result]", config: object, stage: str, **more: Any) -> "Result":
+        """An experiment on all of this, with a live bar of that name."""
+        where = {"layer": self.layer, "head": self.head, "config": config}
+        with progress() as tell:
+            return experiment(
+                self.model,
+                self.sae,
+                self.tokens,
+                on_progress=lambda done, total: tell(stage, done, total),
+                **where,
+                **more,
+            )
 
 
 def open_study(

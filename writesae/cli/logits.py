@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli.base import Json, Seed, app, plain_errors, progress
+from writesae.cli.base import Json, Seed, app, plain_errors
 from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
 
 EVERY = "all"
@@ -56,16 +56,7 @@ def logits(
         config = LogitShiftConfig(total=firings, cells=cells, double=not same_precision, seed=seed)
         if horizon:
             config = replace(config, horizons=tuple(horizon))
-        with progress() as tell:
-            result = logit_shift(
-                study.model,
-                study.sae,
-                study.tokens,
-                layer=study.layer,
-                head=study.head,
-                config=config,
-                on_progress=lambda done, total: tell("logits", done, total),
-            )
+        result = study.run(logit_shift, config, "logits")
         show(result, study, out, as_json)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli.base import Json, Seed, app, plain_errors, progress
+from writesae.cli.base import Json, Seed, app, plain_errors
 from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
 
 
@@ -42,15 +42,7 @@ def partition(
         config = PartitionConfig(alive=alive, threshold=threshold, seed=seed)
         others = [WriteSAE.load(path) for path in other or []]
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
-        where = {"layer": study.layer, "head": study.head, "config": config, "others": others}
-        with progress() as tell:
-            result = measure(
-                study.model,
-                study.sae,
-                study.tokens,
-                **where,
-                on_progress=lambda done, total: tell("partition", done, total),
-            )
+        result = study.run(measure, config, "partition", others=others)
         if figure is not None:
             result.figure().savefig(figure)
         show(result, study, out, as_json)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli.base import Json, Seed, app, plain_errors, progress
+from writesae.cli.base import Json, Seed, app, plain_errors
 from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
 
 
@@ -37,14 +37,5 @@ def passage_test(
         atoms = tuple(atom) if atom else None
         config = PassageTestConfig(atoms=atoms, side=side, most=most, threshold=threshold, draws=draws, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=0, text=text)
-        with progress() as tell:
-            result = run(
-                study.model,
-                study.sae,
-                study.tokens,
-                layer=study.layer,
-                head=study.head,
-                config=config,
-                on_progress=lambda done, total: tell("replace", done, total),
-            )
+        result = study.run(run, config, "replace")
         show(result, study, out, as_json)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli.base import Json, Seed, app, plain_errors, progress
+from writesae.cli.base import Json, Seed, app, plain_errors
 from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
 
 
@@ -46,14 +46,5 @@ def readers(
             seed=seed,
         )
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
-        with progress() as tell:
-            result = find_readers(
-                study.model,
-                study.sae,
-                study.tokens,
-                layer=study.layer,
-                head=study.head,
-                config=config,
-                on_progress=lambda done, total: tell("readers", done, total),
-            )
+        result = study.run(find_readers, config, "readers")
         show(result, study, out, as_json)

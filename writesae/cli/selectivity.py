@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli.base import Json, Seed, app, plain_errors, progress
+from writesae.cli.base import Json, Seed, app, plain_errors
 from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
 
 
@@ -35,14 +35,5 @@ def selectivity(
 
         config = SelectivityConfig(epsilon=epsilon, scale=scale, ranked=ranked, total=firings, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
-        with progress() as tell:
-            result = measure(
-                study.model,
-                study.sae,
-                study.tokens,
-                layer=study.layer,
-                head=study.head,
-                config=config,
-                on_progress=lambda done, total: tell("selectivity", done, total),
-            )
+        result = study.run(measure, config, "selectivity")
         show(result, study, out, as_json)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli.base import Json, app, plain_errors, progress
+from writesae.cli.base import Json, app, plain_errors
 from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
 
 
@@ -31,14 +31,5 @@ def sign_test(
 
         config = SignTestConfig(total=total, magnitude=magnitude, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
-        with progress() as tell:
-            result = run(
-                study.model,
-                study.sae,
-                study.tokens,
-                layer=study.layer,
-                head=study.head,
-                config=config,
-                on_progress=lambda done, count: tell("sign-test", done, count),
-            )
+        result = study.run(run, config, "sign-test")
         show(result, study, out, as_json)
