@@ -7,6 +7,7 @@ Words stand in templates/results.md; every number comes from a run, and the pape
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class Run:
     """The model."""
     rule: str
     """Its rule, by which the paper's figures are found."""
+    cell: str
+    """The cell that was looked at, in words."""
     about: dict[str, Any]
     """The run's reproduce.json."""
     summaries: dict[str, list[dict[str, Any]]]
@@ -46,10 +49,20 @@ def runs_in(folder: str | Path) -> list[Run]:
     for file in sorted(Path(folder).glob("*/reproduce.json")):
         outcome, about = read(file.parent), json.loads(file.read_text(encoding="utf-8"))
         name = Path(about["config"]["model"]).name
-        found.append(Run(name, about["rule"], about, outcome.summaries, outcome.claims, outcome.seconds))
+        cell = _cell(file.parent, outcome.summaries)
+        found.append(Run(name, about["rule"], cell, about, outcome.summaries, outcome.claims, outcome.seconds))
     if not found:
         raise ValueError(f"no run in {folder}: writesae reproduce makes one")
     return found
+
+
+def _cell(folder: Path, steps: Iterable[str]) -> str:
+    """Layer and head of the first step whose result is of a single cell."""
+    for step in steps:
+        for result in json.loads((folder / f"{step}.json").read_text(encoding="utf-8"))["results"].values():
+            if result["layer"] >= 0 and result["head"] >= 0:
+                return f"layer {result['layer']}, head {result['head']}"
+    return "-"
 
 
 def table(runs: list[Run], step: str) -> str:
