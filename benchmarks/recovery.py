@@ -16,9 +16,9 @@ from support.machine import machine
 from support.report import Row, print_machine, table, torch_threads, wide_console, write_json
 
 from writesae import TrainConfig
-from writesae.evaluation.planted import Planted
-from writesae.evaluation.recovery import VARIANTS, recovery
-from writesae.evaluation.recovery_result import RecoveryResult
+from writesae.evaluation.recovering.planted import Planted
+from writesae.evaluation.recovering.recovery import VARIANTS, recovery
+from writesae.evaluation.recovering.recovery_result import RecoveryResult
 
 FEW = ("bilinear", "bilinear_tied", "rank1", "flat")
 PLANTINGS: dict[str, tuple[Planted, int, tuple[str, ...]]] = {

@@ -23,10 +23,10 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.zoo.corpus import standard_library
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.evaluation.cells import most_effective, survey
-from writesae.evaluation.contexts import top_contexts
+from writesae.evaluation.describing.contexts import top_contexts
 from writesae.evaluation.firings import check_cell, encode_cell
-from writesae.evaluation.replacement import ReplacementConfig, replacement
-from writesae.evaluation.replacement_result import ReplacementResult
+from writesae.evaluation.replacing.replacement import ReplacementConfig, replacement
+from writesae.evaluation.replacing.replacement_result import ReplacementResult
 from writesae.report import write_report
 from writesae.stream.corpus import Passages, passages
 from writesae.training import TrainResult, train

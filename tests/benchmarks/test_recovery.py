@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from writesae.evaluation.recovery import VARIANTS
+from writesae.evaluation.recovering.recovery import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def test_the_first_planting_is_what_was_promised_for_all_variants(script):
 
 
 def test_the_page_holds_the_measured_table(script):
-    from writesae.evaluation.recovery_result import RecoveryResult
+    from writesae.evaluation.recovering.recovery_result import RecoveryResult
 
     written = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())
     import pandas as pd

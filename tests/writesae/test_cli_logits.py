@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from writesae import WriteSAE, WriteSAEConfig
 from writesae.cli import app
 from writesae.cli.logits import parse_cell
-from writesae.evaluation.logit_shift_result import LogitShiftResult
+from writesae.evaluation.predicting.logit_shift_result import LogitShiftResult
 
 RUNNER = CliRunner()
 

@@ -33,8 +33,8 @@ def baselines(
     Example: writesae baselines --sae runs/l2h1/sae --firings 400 --out results/baselines.json
     """
     with plain_errors():
-        from writesae.evaluation.baselines import BaselinesConfig
-        from writesae.evaluation.baselines import baselines as run
+        from writesae.evaluation.comparing.baselines import BaselinesConfig
+        from writesae.evaluation.comparing.baselines import baselines as run
 
         config = BaselinesConfig(per_atom=per_atom, total=firings, horizon=horizon, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=0, text=text)

@@ -42,8 +42,8 @@ def encoder_swap(
         from dataclasses import replace
 
         from writesae.cli.training_text import held_text, training_text
-        from writesae.evaluation.encoder_swap import TYPES, EncoderSwapConfig
-        from writesae.evaluation.encoder_swap import encoder_swap as run
+        from writesae.evaluation.comparing.encoder_swap import TYPES, EncoderSwapConfig
+        from writesae.evaluation.comparing.encoder_swap import encoder_swap as run
 
         sizes = {"n_atoms": atoms, "k": k, "steps": steps, "total": firings, "horizon": horizon, "seed": seed}
         config = EncoderSwapConfig.from_dict(

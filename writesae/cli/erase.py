@@ -35,7 +35,7 @@ def erase(
     Example: writesae erase --sae runs/l9h4/sae --count 4 --out erase.json
     """
     with plain_errors():
-        from writesae.evaluation.erasure import ErasureConfig, erasure
+        from writesae.evaluation.acting.erasure import ErasureConfig, erasure
 
         config = ErasureConfig(
             atoms=tuple(atom) if atom else None,

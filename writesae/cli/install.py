@@ -33,9 +33,9 @@ def install(
     Example: writesae install --sae runs/gdn --prompts 10 --cells auto --magnitudes 3
     """
     with plain_errors():
-        from writesae.evaluation.install import InstallConfig
-        from writesae.evaluation.install import install as run
-        from writesae.evaluation.install_context import STRATA
+        from writesae.evaluation.installing.install import InstallConfig
+        from writesae.evaluation.installing.install import install as run
+        from writesae.evaluation.installing.install_context import STRATA
 
         config = InstallConfig(
             prompts=prompts,

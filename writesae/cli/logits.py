@@ -45,7 +45,7 @@ def logits(
     Example: writesae logits --sae runs/l1h2/sae --cell all --out logits.json
     """
     with plain_errors():
-        from writesae.evaluation.logit_shift import LogitShiftConfig, logit_shift
+        from writesae.evaluation.predicting.logit_shift import LogitShiftConfig, logit_shift
 
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
         cells = None

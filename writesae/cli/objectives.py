@@ -38,7 +38,7 @@ def objectives(
     with plain_errors():
         from hooked_recurrent.zoo.corpus import standard_library
         from writesae.evaluation.cells import most_effective, survey
-        from writesae.evaluation.objectives import ObjectivesConfig, compare_objectives
+        from writesae.evaluation.comparing.objectives import ObjectivesConfig, compare_objectives
         from writesae.stream.corpus import passages as cut
 
         if (layer is None) != (head is None):

@@ -35,8 +35,8 @@ def partition(
     is best. Example: writesae partition --sae runs/l2h1/sae --other runs/l2h1-seed1/sae --figure partition.png
     """
     with plain_errors():
-        from writesae.evaluation.partition import PartitionConfig
-        from writesae.evaluation.partition import partition as measure
+        from writesae.evaluation.describing.partition import PartitionConfig
+        from writesae.evaluation.describing.partition import partition as measure
         from writesae.sae.write_sae import WriteSAE
 
         config = PartitionConfig(alive=alive, threshold=threshold, seed=seed)

@@ -31,8 +31,8 @@ def passage_test(
     Example: writesae passage-test --sae runs/l2h1/sae --side register --most 50
     """
     with plain_errors():
-        from writesae.evaluation.passage_test import PassageTestConfig
-        from writesae.evaluation.passage_test import passage_test as run
+        from writesae.evaluation.replacing.passage_test import PassageTestConfig
+        from writesae.evaluation.replacing.passage_test import passage_test as run
 
         atoms = tuple(atom) if atom else None
         config = PassageTestConfig(atoms=atoms, side=side, most=most, threshold=threshold, draws=draws, seed=seed)

@@ -36,9 +36,9 @@ def perplexity(
     random subsets of them. Example: writesae perplexity --sae runs/l2h0/sae --other runs/l2h1/sae --other runs/l2h2/sae
     """
     with plain_errors():
-        from writesae.evaluation.perplexity import PerplexityConfig
-        from writesae.evaluation.perplexity import perplexity as measure
-        from writesae.evaluation.splices import by_head
+        from writesae.evaluation.describing.perplexity import PerplexityConfig
+        from writesae.evaluation.describing.perplexity import perplexity as measure
+        from writesae.evaluation.describing.splices import by_head
         from writesae.sae.write_sae import WriteSAE
 
         config = PerplexityConfig(prefix=prefix, subsets=subsets, throughout=throughout, seed=seed)

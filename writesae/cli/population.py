@@ -35,8 +35,8 @@ def population(
     Example: writesae population --sae runs/l2h1/sae --atoms 100 --out results/population.json
     """
     with plain_errors():
-        from writesae.evaluation.population import PopulationConfig
-        from writesae.evaluation.population import population as run
+        from writesae.evaluation.replacing.population import PopulationConfig
+        from writesae.evaluation.replacing.population import population as run
 
         config = PopulationConfig(
             n_atoms=atoms,

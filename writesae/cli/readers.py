@@ -34,8 +34,8 @@ def readers(
     Example: writesae readers --sae runs/l9h4/sae --count 4 --out readers.json
     """
     with plain_errors():
-        from writesae.evaluation.readers import ReadersConfig
-        from writesae.evaluation.readers import readers as find_readers
+        from writesae.evaluation.acting.readers import ReadersConfig
+        from writesae.evaluation.acting.readers import readers as find_readers
 
         config = ReadersConfig(
             atoms=tuple(atom) if atom else None,

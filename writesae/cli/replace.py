@@ -55,7 +55,7 @@ def replace(
     Example: writesae replace --sae runs/l2h1/sae --firings 2000 --losses
     """
     with plain_errors():
-        from writesae.evaluation.replacement import READINGS, ReplacementConfig, replacement
+        from writesae.evaluation.replacing.replacement import READINGS, ReplacementConfig, replacement
 
         more: dict = {"form": form, "readings": tuple(reading or READINGS), "seed": seed, "horizon": horizon}
         config = ReplacementConfig(atoms=tuple(atom) if atom else None, per_atom=per_atom, total=firings, **more)
@@ -108,8 +108,8 @@ def replace_cells(
     Example: writesae replace-cells runs/all-heads/sae --reading in_recurrence --out cells.json
     """
     with plain_errors():
-        from writesae.evaluation.replacement import READINGS, ReplacementConfig, ReplacementResult
-        from writesae.evaluation.replacement_cells import find_cells, sweep_cells
+        from writesae.evaluation.replacing.replacement import READINGS, ReplacementConfig, ReplacementResult
+        from writesae.evaluation.replacing.replacement_cells import find_cells, sweep_cells
 
         more: dict = {"form": form, "readings": tuple(reading or READINGS), "seed": seed, "horizon": horizon}
         config = ReplacementConfig(per_atom=per_atom, total=firings, **more)

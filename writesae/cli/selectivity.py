@@ -30,8 +30,8 @@ def selectivity(
     Selectivity is 1 minus the overlap of the K most shifted tokens. Example: writesae selectivity --sae runs/l2h1/sae
     """
     with plain_errors():
-        from writesae.evaluation.selectivity import SelectivityConfig
-        from writesae.evaluation.selectivity import selectivity as measure
+        from writesae.evaluation.describing.selectivity import SelectivityConfig
+        from writesae.evaluation.describing.selectivity import selectivity as measure
 
         config = SelectivityConfig(epsilon=epsilon, scale=scale, ranked=ranked, total=firings, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)

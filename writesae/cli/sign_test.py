@@ -26,8 +26,8 @@ def sign_test(
     Example: writesae sign-test --sae runs/gdn --total 500
     """
     with plain_errors():
-        from writesae.evaluation.sign_test import SignTestConfig
-        from writesae.evaluation.sign_test import sign_test as run
+        from writesae.evaluation.predicting.sign_test import SignTestConfig
+        from writesae.evaluation.predicting.sign_test import sign_test as run
 
         config = SignTestConfig(total=total, magnitude=magnitude, seed=seed)
         study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)

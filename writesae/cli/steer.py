@@ -46,7 +46,7 @@ def steer(
     Example: writesae steer --sae runs/l9h4/sae --dose 1 --dose 5 --out steer.json
     """
     with plain_errors():
-        from writesae.evaluation.steering import SteeringConfig, steering
+        from writesae.evaluation.acting.steering import SteeringConfig, steering
         from writesae.sae.write_sae import WriteSAE
 
         config = SteeringConfig(

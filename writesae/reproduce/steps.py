@@ -5,24 +5,24 @@ from dataclasses import replace
 
 import torch
 
-from writesae.evaluation.baselines import BaselinesConfig, baselines
-from writesae.evaluation.class_differences import ClassDifferencesConfig, class_differences
-from writesae.evaluation.encoder_swap import EncoderSwapConfig, encoder_swap
-from writesae.evaluation.erasure import ErasureConfig, erasure
-from writesae.evaluation.install import InstallConfig, install
-from writesae.evaluation.logit_shift import LogitShiftConfig, logit_shift
-from writesae.evaluation.objectives import ObjectivesConfig, compare_objectives
-from writesae.evaluation.partition import PartitionConfig, partition
-from writesae.evaluation.passage_test import PassageTestConfig, passage_test
-from writesae.evaluation.perplexity import PerplexityConfig, perplexity
-from writesae.evaluation.population import PopulationConfig, population
-from writesae.evaluation.readers import ReadersConfig, readers
-from writesae.evaluation.replacement import ReplacementConfig, replacement
-from writesae.evaluation.replacement_cells import sweep_cells
+from writesae.evaluation.acting.erasure import ErasureConfig, erasure
+from writesae.evaluation.acting.readers import ReadersConfig, readers
+from writesae.evaluation.acting.steering import SteeringConfig, steering
+from writesae.evaluation.comparing.baselines import BaselinesConfig, baselines
+from writesae.evaluation.comparing.encoder_swap import EncoderSwapConfig, encoder_swap
+from writesae.evaluation.comparing.objectives import ObjectivesConfig, compare_objectives
+from writesae.evaluation.describing.class_differences import ClassDifferencesConfig, class_differences
+from writesae.evaluation.describing.partition import PartitionConfig, partition
+from writesae.evaluation.describing.perplexity import PerplexityConfig, perplexity
+from writesae.evaluation.describing.selectivity import SelectivityConfig, selectivity
+from writesae.evaluation.installing.install import InstallConfig, install
+from writesae.evaluation.predicting.logit_shift import LogitShiftConfig, logit_shift
+from writesae.evaluation.predicting.sign_test import SignTestConfig, sign_test
+from writesae.evaluation.replacing.passage_test import PassageTestConfig, passage_test
+from writesae.evaluation.replacing.population import PopulationConfig, population
+from writesae.evaluation.replacing.replacement import ReplacementConfig, replacement
+from writesae.evaluation.replacing.replacement_cells import sweep_cells
 from writesae.evaluation.result import Result
-from writesae.evaluation.selectivity import SelectivityConfig, selectivity
-from writesae.evaluation.sign_test import SignTestConfig, sign_test
-from writesae.evaluation.steering import SteeringConfig, steering
 from writesae.reproduce.bench import Bench
 from writesae.training.objectives import ObjectiveConfig
 

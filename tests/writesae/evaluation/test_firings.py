@@ -10,7 +10,7 @@ from tests.hooked_recurrent.models import RULES, tiny_model, tokens_of
 from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae.config import WriteSAEConfig
 from writesae.evaluation.cells import most_effective, survey
-from writesae.evaluation.contexts import atom_coefficients, top_contexts
+from writesae.evaluation.describing.contexts import atom_coefficients, top_contexts
 from writesae.evaluation.firings import encode_cell, sample_firings
 from writesae.sae import WriteSAE
 

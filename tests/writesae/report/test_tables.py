@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from writesae.evaluation.replacement import READINGS
-from writesae.evaluation.replacement_result import ReplacementResult
+from writesae.evaluation.replacing.replacement import READINGS
+from writesae.evaluation.replacing.replacement_result import ReplacementResult
+from writesae.evaluation.replacing.substitutes import CONDITIONS
 from writesae.evaluation.statistics import Interval, median_mad, wilson_interval
-from writesae.evaluation.substitutes import CONDITIONS
 from writesae.report import tables
 
 ATOM = "atom_listed_coef"

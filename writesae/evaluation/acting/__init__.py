@@ -1,0 +1,1 @@
+"""What atoms do: erased, written where they are silent, amplified, and who reads them."""

@@ -1,0 +1,1 @@
+"""What a dictionary is held against: other dictionaries, other baselines, other objectives, at one budget."""

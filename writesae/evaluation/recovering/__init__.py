@@ -1,0 +1,1 @@
+"""Planted atoms found again."""
