@@ -8,5 +8,5 @@ acting       what atoms do when erased, written, amplified, and who reads them
 describing   what atoms are like, and what memories rebuilt from them cost
 recovering   planted atoms found again
 
-Beside them what all share: results, firings, low-rank matrices, what an edit did to the output, statistics, the survey of cells.
+Beside them what all share: results, firings, low-rank matrices, the output after an edit, statistics, the survey of cells.
 """
