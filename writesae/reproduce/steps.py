@@ -112,7 +112,7 @@ def _install(bench: Bench) -> Results:
 
 def _steer(bench: Bench) -> Results:
     """All heads of the cell's layer together, each with its dictionary of states."""
-    config = SteeringConfig(prompts=30, doses=(2.0, 5.0, 10.0), new_tokens=60, seed=bench.config.seed)
+    config = SteeringConfig(prompts=24, doses=(2.0, 5.0, 10.0), new_tokens=40, seed=bench.config.seed)
     if bench.config.quick:
         config = replace(config, prompts=6, doses=(5.0,), new_tokens=20)
     saes = {head: sae for (_, head, _), sae in bench.dictionaries("state", bench.layer_cells).items()}
@@ -168,7 +168,7 @@ def _perplexity(bench: Bench) -> Results:
 
 
 def _baselines(bench: Bench) -> Results:
-    config = BaselinesConfig(total=max(60, bench.config.firings // 6), seed=bench.config.seed)
+    config = BaselinesConfig(total=max(60, bench.config.firings // 12), seed=bench.config.seed)
     sae = bench.dictionary()
     return {"write": bench.test(baselines, "baselines", sae, config, train_tokens=bench.train_text)}
 
@@ -197,10 +197,11 @@ def _encoder_swap(bench: Bench) -> Results:
 
 def _objectives(bench: Bench) -> Results:
     size = bench.config
-    budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=max(400, size.train_steps // 3))
-    names = ("state", "write", "net", "fisher", "single", "relative", "relative_kl")
+    budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=max(400, size.train_steps // 5))
+    erases = f"blocks.{bench.cell[0]}.mixer.hook_erase" in bench.model.hook_dict
+    names = ("state", "write", *(["net"] if erases else []), "fisher", "single", "relative", "relative_kl")
     config = ObjectivesConfig(
-        objectives=names, seeds=size.seeds, training=budget, firings=size.firings // 12, seed=size.seed
+        objectives=names, seeds=size.seeds, training=budget, firings=size.firings // 20, seed=size.seed
     )
     if size.quick:
         config = ObjectivesConfig.quick(seed=size.seed, firings=60)
