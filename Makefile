@@ -1,5 +1,6 @@
 # Every target makes and uses the project's own virtual environment; nothing needs to be installed by hand.
 #   make demo [MODEL=name]   the whole experiment on the bundled model, report in demo_out/
+#   make reproduce [MODEL=name] [QUICK=1]   every experiment of the paper on a bundled model, into results/
 #   make test                the test suite;  make test-all  also its slow tests
 #   make test-sae-lens       the part of it that needs SAELens, which lives in an environment of its own
 #   make lint                ruff and mypy
@@ -22,7 +23,7 @@ ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=1717986918
 # The scripts that time something on a CPU; the others of benchmarks/ compile, compute, or need a GPU.
 TIMED := $(wildcard $(patsubst %,benchmarks/%.py,interventions scan forward))
 
-.PHONY: demo test test-sae-lens test-all lint benchmarks kernels clean
+.PHONY: demo reproduce test test-sae-lens test-all lint benchmarks kernels clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -38,6 +39,9 @@ $(LENS_INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/writesae demo $(if $(MODEL),--model $(MODEL))
+
+reproduce: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/writesae reproduce $(if $(MODEL),--model $(MODEL)) $(if $(QUICK),--quick)
 
 test: $(INSTALLED) test-sae-lens
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)

@@ -5,8 +5,8 @@ from typing import Any
 
 from hooked_recurrent.config import StrictConfig, require_positive
 
-CELLS = {"Qwen3.5-0.8B": (9, 4), "mamba2-370m": (24, 0), "rwkv7-1.5B": (12, 0)}
-"""The paper's cell (layer, head) of each of its models, by a part of the model's name."""
+CELLS = {("qwen3.5", "0.8b"): (9, 4), ("mamba2", "370m"): (24, 0), ("rwkv7", "1.5b"): (12, 0)}
+"""The paper's cell (layer, head) of each of its models, by what the model's name holds, whoever converted it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class ReproduceConfig(StrictConfig):
             **given: fields that stand above these; None counts as not given.
         """
         config = cls(model=model, quick=quick)
-        cell = next((cell for name, cell in CELLS.items() if name.lower() in model.lower()), None)
+        plain = model.lower().replace("mamba-2", "mamba2").replace("rwkv-7", "rwkv7")
+        cell = next((cell for words, cell in CELLS.items() if all(word in plain for word in words)), None)
         if not model.startswith("tiny-"):
             config = replace(
                 config,

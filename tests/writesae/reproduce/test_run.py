@@ -10,7 +10,6 @@ from hooked_recurrent import HookedRecurrentModel
 from writesae.evaluation.result import Result
 from writesae.reproduce import ReproduceConfig, reproduce, run
 from writesae.reproduce.claims import claims_of
-from writesae.reproduce.config import CELLS
 from writesae.reproduce.page import page, runs_in, table
 from writesae.reproduce.rows import Row
 from writesae.reproduce.run import command, read
@@ -56,9 +55,7 @@ def test_what_is_on_disk_is_not_run_again(model, steps, tmp_path):
     reproduce(model, config, tmp_path, only=["first"])
     outcome = reproduce(model, config, tmp_path)
     assert calls == ["first", "second"]
-    assert outcome.summaries["first"] == [
-        {"run": "only", "win_rate": 0.75, "interval": [0.65, 0.85], "way": "plain"}
-    ]
+    assert outcome.summaries["first"] == [{"run": "only", "win_rate": 0.75, "interval": [0.65, 0.85], "way": "plain"}]
     assert set(outcome.seconds) == {"first", "second"}
     reproduce(model, config, tmp_path, redo=["second"])
     assert calls == ["first", "second", "second"]
@@ -102,12 +99,20 @@ def test_the_command_names_what_differs_from_the_models_own_sizes():
     assert words == "writesae reproduce --model tiny-rwkv7 --quick --layer 1 --head 0 --firings 9"
 
 
-@pytest.mark.parametrize(("model_name", "cell"), [("Qwen/Qwen3.5-0.8B", (9, 4)), ("x/mamba2-370m-hf", (24, 0))])
+@pytest.mark.parametrize(
+    ("model_name", "cell"),
+    [
+        ("Qwen/Qwen3.5-0.8B", (9, 4)),
+        ("x/mamba2-370m-hf", (24, 0)),
+        ("x/rwkv7-1.5B-world", (12, 0)),
+        ("y/RWKV-7-World3-1.5B-HF", (12, 0)),
+    ],
+)
 def test_the_papers_models_have_the_papers_cells_and_sizes(model_name, cell):
     config = ReproduceConfig.of(model_name)
     assert (config.layer, config.head) == cell and (config.n_atoms, config.k, config.length) == (2048, 32, 1024)
     assert ReproduceConfig.of(model_name, layer=3, head=1).layer == 3
-    assert CELLS["rwkv7-1.5B"] == (12, 0)
+    assert ReproduceConfig.of("x/mamba2-780m").layer is None
 
 
 def test_a_layer_without_a_head_is_refused():
