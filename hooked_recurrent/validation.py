@@ -103,6 +103,10 @@ def check_stop(
     return last
 
 
+class NotFiniteError(ValueError):
+    """A run came to NaN or Inf; the message names the first hook and position that did."""
+
+
 def check_finite(
     model: Any,
     logits: Tensor,
@@ -110,7 +114,7 @@ def check_finite(
     state: RecurrentState | None,
     edits: tuple[Edit, ...],
 ) -> None:
-    """Raise if the logits hold NaN or Inf, naming the first hook and position that did.
+    """Raise `NotFiniteError` if the logits hold NaN or Inf, naming the first hook and position that did.
 
     The sum is one cheap pass; only when it is not finite is the call run again with a look at every hook.
     """
@@ -138,4 +142,4 @@ def check_finite(
             model(tokens, return_type=None, state=state, return_state=True, edits=edits)
     finally:
         model._locating = False
-    raise ValueError(found[0] if found else "NaN or Inf in the logits, though in no hook before them")
+    raise NotFiniteError(found[0] if found else "NaN or Inf in the logits, though in no hook before them")

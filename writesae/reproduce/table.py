@@ -198,7 +198,7 @@ def _install() -> Iterator[Row]:
         )
         yield Row("install", f"{condition}: collateral KL on other tokens", "mean_collateral_kl", where, form="nats")
     for stratum in ("frequent", "rare", "semantic"):
-        where = {**middle, "stratum": stratum, "condition": "lambda_refined"}
+        where = {**middle, "run": "strata", "stratum": stratum, "condition": "lambda_refined"}
         yield Row(
             "install",
             f"{stratum}, lambda_refined: appears",

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
+from hooked_recurrent.validation import NotFiniteError
 from writesae.sae import Factored, WriteSAE
 from writesae.stream.sources import VECTOR, Source, collect, describe
 
@@ -32,7 +33,7 @@ class Spliced:
     loss_native: float
     """Nothing is replaced."""
     loss_spliced: float
-    """Every activation of the source is its reconstruction."""
+    """Every activation of the source is its reconstruction; infinite where states rebuilt from rebuilt ones blew up."""
     loss_zeroed: float
     """Every activation of the source is zero."""
 
@@ -43,9 +44,9 @@ class Spliced:
         return (self.loss_zeroed - self.loss_spliced) / cost if cost else math.nan
 
     def to_dict(self) -> dict[str, float]:
-        """The three losses and, where it exists, the share recovered."""
-        recovered = {} if math.isnan(self.loss_recovered) else {"loss_recovered": self.loss_recovered}
-        return asdict(self) | recovered
+        """The three losses and the share recovered, as far as they are finite numbers."""
+        numbers = asdict(self) | {"loss_recovered": self.loss_recovered}
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 @torch.no_grad()
@@ -97,4 +98,7 @@ def _loss(model: HookedRecurrentModel, source: Source, tokens: Tensor, replace: 
         part.copy_(replace(part))
         return changed
 
-    return float(model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(source.hook, splice)]))
+    try:
+        return float(model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(source.hook, splice)]))
+    except NotFiniteError:  # a poor dictionary of states feeds on its own errors, token after token
+        return math.inf

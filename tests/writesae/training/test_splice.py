@@ -55,6 +55,13 @@ def test_the_two_ends_and_what_lies_between(name):
     assert perfect.loss_native == pytest.approx(model(tokens, return_type="loss").item(), rel=1e-12)
 
 
+def test_states_that_blow_up_have_an_infinite_loss_and_no_share():
+    model, tokens = tiny_model(), tokens_of(tiny_model(), batch=1, length=10)
+    found = loss_recovered(model, Scaling((3, 5), 1e60), Source(HOOKS["hook_state"][0], 2), tokens)
+    assert found.loss_spliced == math.inf and math.isfinite(found.loss_zeroed)
+    assert set(found.to_dict()) == {"loss_native", "loss_zeroed"}
+
+
 def test_a_write_at_half_strength_is_a_scaled_write():
     model, tokens = tiny_model(), tokens_of(tiny_model(), batch=1, length=10)
     found = loss_recovered(model, Scaling((3, 5), 0.5), Source(HOOKS["hook_write"][0], 1), tokens)
