@@ -81,7 +81,7 @@ def _logits(bench: Bench) -> Results:
 
 
 def _erase(bench: Bench) -> Results:
-    config = ErasureConfig(count=6, per_atom=60, writes=30, doses=(1.0, 2.0, 4.0), seed=bench.config.seed)
+    config = ErasureConfig(count=6, per_atom=40, writes=20, doses=(1.0, 2.0, 4.0), seed=bench.config.seed)
     if bench.config.quick:
         config = replace(config, count=3, per_atom=24, writes=10, doses=(1.0, 4.0))
     return {"write": bench.test(erasure, "erasure", bench.dictionary(), config)}
@@ -112,7 +112,7 @@ def _install(bench: Bench) -> Results:
 
 def _steer(bench: Bench) -> Results:
     """All heads of the cell's layer together, each with its dictionary of states."""
-    config = SteeringConfig(prompts=24, doses=(2.0, 5.0, 10.0), new_tokens=40, seed=bench.config.seed)
+    config = SteeringConfig(prompts=20, doses=(2.0, 5.0, 10.0), new_tokens=30, seed=bench.config.seed)
     if bench.config.quick:
         config = replace(config, prompts=6, doses=(5.0,), new_tokens=20)
     saes = {head: sae for (_, head, _), sae in bench.dictionaries("state", bench.layer_cells).items()}
@@ -126,7 +126,7 @@ def _partition(bench: Bench) -> Results:
     """Register and bundle atoms, with the dictionaries of other seeds to match."""
     config, results = PartitionConfig(seed=bench.config.seed), {}
     for source in ("write", "state"):
-        first, *others = bench.dictionaries(source, [bench.cell], range(min(3, bench.config.seeds))).values()
+        first, *others = bench.dictionaries(source, [bench.cell], range(min(2, bench.config.seeds))).values()
         results[source] = bench.test(partition, f"partition, {source}", first, config, others=others)
     return results
 
@@ -134,7 +134,7 @@ def _partition(bench: Bench) -> Results:
 def _class_differences(bench: Bench) -> Results:
     """Register against bundle atoms of the state dictionary, where both kinds are; split by the threshold."""
     size, sae = bench.config, bench.dictionary("state")
-    config = PopulationConfig(n_atoms=max(10, size.firings // 20), per_atom=min(20, size.per_atom), seed=size.seed)
+    config = PopulationConfig(n_atoms=max(10, size.firings // 30), per_atom=min(10, size.per_atom), seed=size.seed)
     tested = bench.test(population, "class differences", sae, config)
     parts = bench.test(partition, "partition, state", sae, PartitionConfig(seed=size.seed))
     split = ClassDifferencesConfig(cut="threshold")
@@ -176,7 +176,7 @@ def _baselines(bench: Bench) -> Results:
 def _encoder_swap(bench: Bench) -> Results:
     size = bench.config
     config = EncoderSwapConfig(
-        seeds=(0,) if size.quick else (0, 1),
+        seeds=(0,),
         n_atoms=size.n_atoms,
         k=size.k,
         steps=max(100, size.train_steps // 4),
