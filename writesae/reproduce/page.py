@@ -8,7 +8,7 @@ Words stand in templates/results.md; every number comes from a run, and the pape
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,20 @@ def table(runs: list[Run], step: str) -> str:
     return "\n".join(lines)
 
 
+def say(runs: list[Run], step: str, label: str) -> str:
+    """One row in words, all models one after the other: "91.0% (tiny-a), 80.0% (tiny-b)", without intervals.
+
+    Raises `KeyError` for a row that does not exist: prose must not lose its numbers.
+    """
+    rows = [row for row in ROWS if (row.step, row.label) == (step, label)]
+    if not rows:
+        raise KeyError(f"no row {label!r} in step {step!r}")
+    found = [(rows[0].find(run.summaries), run.name) for run in runs]
+    return ", ".join(
+        f"{rows[0].written(None if one is None else replace(one, low=None))} ({name})" for one, name in found
+    )
+
+
 def page(folder: str | Path) -> str:
     """The whole page."""
     runs = runs_in(folder)
@@ -93,7 +107,8 @@ def page(folder: str | Path) -> str:
         loader=PackageLoader("writesae.reproduce"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("results.md")
-    return template.render(runs=runs, table=lambda step: table(runs, step)).rstrip() + "\n"
+    made = {"table": lambda step: table(runs, step), "say": lambda step, label: say(runs, step, label)}
+    return template.render(runs=runs, **made).rstrip() + "\n"
 
 
 if __name__ == "__main__":

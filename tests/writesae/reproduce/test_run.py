@@ -10,7 +10,7 @@ from hooked_recurrent import HookedRecurrentModel
 from writesae.evaluation.result import Result
 from writesae.reproduce import ReproduceConfig, reproduce, run
 from writesae.reproduce.claims import claims_of
-from writesae.reproduce.page import page, runs_in, table
+from writesae.reproduce.page import page, runs_in, say, table
 from writesae.reproduce.rows import Row
 from writesae.reproduce.run import command, read
 
@@ -163,6 +163,10 @@ def test_the_page_sets_the_papers_figures_beside_those_of_the_runs(model, steps,
     assert lines[0].count("paper, gated delta net") == 2
     assert lines[2] == "| wins | 75.0% (65.0% to 85.0%) | 91.2% | 75.0% (65.0% to 85.0%) | 91.2% |"
     assert lines[3] == "| more | 75.0% |  | 75.0% |  |"
+    runs = runs_in(tmp_path)
+    assert say(runs, "first", "wins") == "75.0% (tiny-gated-deltanet), 75.0% (tiny-gated-deltanet)"
+    with pytest.raises(KeyError, match="no row 'won'"):
+        say(runs, "first", "won")
 
 
 def test_a_folder_without_runs_has_no_page(tmp_path):
