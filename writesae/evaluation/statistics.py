@@ -13,6 +13,7 @@ Every function refuses empty input, values that are not finite, and pairs of une
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -182,10 +183,13 @@ def interval(values: Numbers, clusters: Numbers, statistic: Statistic = "mean", 
     return [found.low, found.high]
 
 
+@lru_cache(maxsize=4)  # a summary asks for the same draws a hundred times, and they take longer than all it does with them
 def _draw_clusters(n_clusters: int, n_resamples: int, seed: int) -> np.ndarray:
     """How often each cluster is drawn: [resample, cluster], each row summing to n_clusters."""
     equal = np.full(n_clusters, 1 / n_clusters)
-    return np.random.default_rng(seed).multinomial(n_clusters, equal, size=n_resamples)
+    draws = np.random.default_rng(seed).multinomial(n_clusters, equal, size=n_resamples)
+    draws.flags.writeable = False
+    return draws
 
 
 def _resample(

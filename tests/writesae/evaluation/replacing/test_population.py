@@ -98,7 +98,7 @@ def test_too_few_firings_and_bad_configs_are_refused():
 
 
 def test_edges_belong_to_the_upper_stretch():
-    assert list(bins([-0.01, 0, 0.049, 0.05, 0.199, 0.2, 0.299, 0.3, 1])) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert list(bins([-0.01, 0.0, 0.049, 0.05, 0.199, 0.2, 0.299, 0.3, 1.0])) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 @given(
