@@ -24,6 +24,7 @@ from writesae.evaluation.replacing.replacement import ReplacementConfig, replace
 from writesae.evaluation.replacing.replacement_cells import sweep_cells
 from writesae.evaluation.result import Result
 from writesae.reproduce.bench import Bench
+from writesae.stream.sources import Source, describe
 from writesae.training.objectives import ObjectiveConfig
 
 Results = dict[str, Result]
@@ -200,8 +201,10 @@ def _objectives(bench: Bench) -> Results:
     budget = ObjectiveConfig(n_atoms=size.n_atoms, k=size.k, steps=max(400, size.train_steps // 5))
     erases = f"blocks.{bench.cell[0]}.mixer.hook_erase" in bench.model.hook_dict
     names = ("state", "write", *(["net"] if erases else []), "fisher", "single", "relative", "relative_kl")
+    by_channel = describe(bench.model, Source(f"blocks.{bench.cell[0]}.mixer.hook_state", bench.cell[1])).vector_decay
+    seeds = min(3, size.seeds) if by_channel else size.seeds  # there every state is formed, at many times the work
     config = ObjectivesConfig(
-        objectives=names, seeds=size.seeds, training=budget, firings=size.firings // 20, seed=size.seed
+        objectives=names, seeds=seeds, training=budget, firings=size.firings // 20, seed=size.seed
     )
     if size.quick:
         config = ObjectivesConfig.quick(seed=size.seed, firings=60)
