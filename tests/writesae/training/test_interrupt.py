@@ -21,6 +21,15 @@ def test_the_first_is_noted_and_the_handlers_come_back(number):
     assert {each: signal.getsignal(each) for each in SIGNALS} == before
 
 
+@pytest.fixture
+def listening():
+    """Python's own handler, whatever this process was started with: a job in a shell's background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_the_second_stops_at_once():
     with pytest.raises(KeyboardInterrupt), noted_interrupts() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
