@@ -87,7 +87,7 @@ class ReproduceConfig(StrictConfig):
             config = replace(config, layer=cell[0], head=cell[1])
         if quick:
             config = replace(
-                config, train_passages=200, heldout_passages=40, n_atoms=256, best_atoms=512, train_steps=400, firings=240,
-                per_atom=5, seeds=2, trials=16, contexts=10,
+                config, train_passages=200, heldout_passages=40, n_atoms=256, best_atoms=512, train_steps=300, firings=180,
+                per_atom=5, seeds=2, trials=12, contexts=10,
             )  # fmt: skip
         return replace(config, **{name: value for name, value in given.items() if value is not None})

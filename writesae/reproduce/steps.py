@@ -9,7 +9,7 @@ from writesae.evaluation.acting.erasure import ErasureConfig, erasure
 from writesae.evaluation.acting.readers import ReadersConfig, readers
 from writesae.evaluation.acting.steering import SteeringConfig, steering
 from writesae.evaluation.comparing.baselines import BaselinesConfig, baselines
-from writesae.evaluation.comparing.encoder_swap import EncoderSwapConfig, encoder_swap
+from writesae.evaluation.comparing.encoder_swap import TYPES, EncoderSwapConfig, encoder_swap
 from writesae.evaluation.comparing.objectives import ObjectivesConfig, compare_objectives
 from writesae.evaluation.describing.class_differences import ClassDifferencesConfig, class_differences
 from writesae.evaluation.describing.partition import PartitionConfig, partition
@@ -46,7 +46,7 @@ def _heads(bench: Bench) -> Results:
     """All heads of the cell's layer, and (but for a quick run) its head in all layers, each with its own dictionary."""
     size, (_, own) = bench.config, bench.cell
     column = [(layer, own) for layer in bench.model.cfg.recurrent_layers]
-    cells = list(dict.fromkeys(bench.layer_cells if size.quick else bench.layer_cells + column))
+    cells = list(dict.fromkeys(bench.layer_cells[:2] if size.quick else bench.layer_cells + column))
     saes = bench.dictionaries("write", cells)
     by_cell = {(layer, head): sae for (layer, head, _), sae in saes.items()}
     config = ReplacementConfig(total=max(30, size.firings // 24), seed=size.seed)
@@ -169,7 +169,7 @@ def _perplexity(bench: Bench) -> Results:
 
 
 def _baselines(bench: Bench) -> Results:
-    config = BaselinesConfig(total=max(60, bench.config.firings // 12), seed=bench.config.seed)
+    config = BaselinesConfig(total=max(30, bench.config.firings // 12), seed=bench.config.seed)
     sae = bench.dictionary()
     return {"write": bench.test(baselines, "baselines", sae, config, train_tokens=bench.train_text)}
 
@@ -177,6 +177,7 @@ def _baselines(bench: Bench) -> Results:
 def _encoder_swap(bench: Bench) -> Results:
     size = bench.config
     config = EncoderSwapConfig(
+        presets=("flat", "bilinear") if size.quick else TYPES,
         seeds=(0,),
         n_atoms=size.n_atoms,
         k=size.k,
@@ -207,7 +208,7 @@ def _objectives(bench: Bench) -> Results:
         objectives=names, seeds=seeds, training=budget, firings=size.firings // 20, seed=size.seed
     )
     if size.quick:
-        config = ObjectivesConfig.quick(seed=size.seed, firings=60)
+        config = ObjectivesConfig.quick(seed=size.seed, seeds=1, firings=40)
     found = compare_objectives(
         bench.model,
         bench.train_text.tokens.to(bench.model.device),
