@@ -153,7 +153,14 @@ def _keep(out: Path, name: str, results: dict[str, Result], seconds: float) -> N
     }
     if writers:
         write_together(out / "tables", writers)
-    write_text(out / f"{name}.json", json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+    write_text(out / f"{name}.json", _by_rows(plain(content)))
+
+
+def _by_rows(content: dict[str, Any]) -> str:
+    """JSON with a line per row of the summary, so that the file is short and a change shows where it is."""
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in content["summary"])
+    rest = {name: value for name, value in content.items() if name != "summary"}
+    return f'{json.dumps(rest, allow_nan=False)[:-1]}, "summary": [\n{rows}\n]}}\n'
 
 
 def _table_writer(result: Result) -> Callable[[Path], None]:

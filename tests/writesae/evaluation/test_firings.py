@@ -54,23 +54,6 @@ def test_survey_equals_deleting_one_write_at_a_time():
     assert most_effective(cells) == (best["layer"], best["head"])
 
 
-def test_survey_looks_at_the_tokens_after_a_deleted_write():
-    model = tiny_model()
-    tokens = tokens_of(model, batch=1, length=9)
-    cells = survey(model, tokens, positions=5, later=3, seed=0)  # all positions that have three tokens after them
-    plain = model(tokens)[0].log_softmax(-1)
-    for row in cells.itertuples():
-        effects = []
-        for t in range(1, 6):
-            edited = model(tokens, edits=[WriteEdit(row.layer, row.head, t, "delete")])[0].log_softmax(-1)
-            kl = (edited.exp() * (edited - plain)).sum(-1)
-            effects.append(torch.stack([kl[t], kl[t + 1 : t + 4].mean()]))
-        at, later = torch.stack(effects).median(0).values.tolist()
-        assert (row.deletion_kl, row.later_kl) == (pytest.approx(at, abs=1e-12), pytest.approx(later, abs=1e-12))
-    best = cells.sort_values("later_kl").iloc[-1]
-    assert most_effective(cells, by="later_kl") == (best["layer"], best["head"])
-
-
 def test_contexts_show_the_strongest_firing_of_each_passage():
     model, sae, tokens = cell()
     model.to_str_tokens = lambda row: [f"<{int(token)}>" for token in row]

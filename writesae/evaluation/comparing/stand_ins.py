@@ -22,6 +22,7 @@ from torch import Tensor
 
 from writesae.evaluation.firings import CellWrites, Firing
 from writesae.evaluation.low_rank import LowRank
+from writesae.evaluation.replacing.substitutes import atom_of
 from writesae.sae.write_sae import WriteSAE
 from writesae.stream.corpus import Passages
 
@@ -40,15 +41,6 @@ def leading(matrix: Float[Tensor, "d_k d_v"]) -> LowRank:
 def native_norm(stand_in: StandIn, writes: CellWrites) -> StandIn:
     """The same at the Frobenius norm of the native write; zero stays zero."""
     return lambda firing: stand_in(firing).at_norm(float(writes.norms[firing.passage, firing.position]))
-
-
-def atom_of(sae: WriteSAE, index: int) -> LowRank:
-    """An atom as its factors; a dense one as all its singular triples."""
-    if sae.config.decoder != "dense":
-        return LowRank(sae.key_atoms[index].detach(), sae.value_atoms[index].detach())
-    matrix = sae.atom(index).AB
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return LowRank((u * s).T.to(matrix), vh.to(matrix))
 
 
 def strongest(sae: WriteSAE, writes: CellWrites, *, whole: bool = True) -> StandIn:

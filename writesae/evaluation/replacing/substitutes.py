@@ -59,7 +59,7 @@ class Substitutes:
     def __init__(
         self, sae: WriteSAE, writes: CellWrites, seed: int, dense: str = "leading", others: Others | None = None
     ):
-        self.atom = cache(lambda index: _atom(sae, index, dense).to(writes.key.device))
+        self.atom = cache(lambda index: atom_of(sae, index, dense).to(writes.key.device))
         self.n_atoms = sae.config.n_atoms
         self.keys, self.values = writes.key.flatten(0, 1), writes.value.flatten(0, 1)
         self.codes = writes.codes
@@ -102,8 +102,8 @@ class Substitutes:
         return rows[picks.to(rows.device), torch.arange(rows.shape[1], device=rows.device)][None]
 
 
-def _atom(sae: WriteSAE, index: int, dense: str) -> LowRank:
-    """One atom as it stands in the dictionary, whatever its norm; of a dense one what `dense` says."""
+def atom_of(sae: WriteSAE, index: int, dense: str = "whole") -> LowRank:
+    """One atom as it stands in the dictionary, whatever its norm; a dense one "whole", or its "leading" outer product."""
     if sae.config.decoder != "dense":
         return LowRank(sae.key_atoms[index].detach(), sae.value_atoms[index].detach())
     matrix = sae.atom(index)  # by its singular value decomposition
