@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from writesae.evaluation.statistics import Numbers, interval, paired_wilcoxon
+from writesae.evaluation.statistics import Numbers, holm, interval, paired_wilcoxon
 
 
 def passage_p(values: Numbers, clusters: Numbers) -> float:
@@ -33,20 +33,9 @@ def change(values: pd.Series, clusters: pd.Series, n_resamples: int = 5000) -> d
     }
 
 
-def holm_adjusted(p_values: list[float]) -> np.ndarray:
-    """What `statistics.holm` gives, for many small families: statsmodels collects garbage in every call, which takes as long
-    as all the rest of a summary once a model is in memory."""
-    column = np.asarray(p_values, dtype=float)
-    order = np.argsort(column, kind="stable")
-    steps = np.maximum.accumulate(column[order] * np.arange(len(column), 0, -1))
-    adjusted = np.empty_like(column)
-    adjusted[order] = np.minimum(steps, 1.0)
-    return adjusted
-
-
 def with_holm(rows: list[dict[str, Any]], p: str = "p_passages", name: str = "p_holm") -> list[dict[str, Any]]:
     """The rows of one family with Holm's adjustment of their p-values added; a row without a p-value gets none."""
     known = [index for index, row in enumerate(rows) if np.isfinite(row[p])]
-    adjusted = holm_adjusted([rows[index][p] for index in known])
+    adjusted = holm([rows[index][p] for index in known]) if known else []
     corrected = {index: float(value) for index, value in zip(known, adjusted, strict=True)}
     return [row | {name: corrected.get(index, float("nan"))} for index, row in enumerate(rows)]
