@@ -4,6 +4,7 @@ Rows of one passage resemble each other. So there are two p-values: `p_rows`, Wi
 takes it, which overstates what was learned; and `p_passages`, Wilcoxon's over the mean change of each passage, which does not.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,6 @@ def change(values: pd.Series, clusters: pd.Series, n_resamples: int = 5000) -> d
 def with_holm(rows: list[dict[str, Any]], p: str = "p_passages", name: str = "p_holm") -> list[dict[str, Any]]:
     """The rows of one family with Holm's adjustment of their p-values added; a row without a p-value gets none."""
     known = [index for index, row in enumerate(rows) if np.isfinite(row[p])]
-    adjusted = holm([rows[index][p] for index in known]) if known else []
+    adjusted: Iterable[float] = holm([rows[index][p] for index in known]) if known else []
     corrected = {index: float(value) for index, value in zip(known, adjusted, strict=True)}
     return [row | {name: corrected.get(index, float("nan"))} for index, row in enumerate(rows)]
