@@ -4,6 +4,8 @@
 #   make test                the test suite;  make test-all  also its slow tests
 #   make test-sae-lens       the part of it that needs SAELens, which lives in an environment of its own
 #   make lint                ruff and mypy
+#   make notebooks           run every notebook from top to bottom and keep what it shows
+#   make docs                the documentation as a site, in site/
 #   make benchmarks          timings, with an allocator setting that keeps page faults out of them
 #   make kernels             compile every Triton kernel for GPUs that need not be here: registers, spills, shared memory
 PYTHON ?= python3
@@ -23,12 +25,12 @@ ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=1717986918
 # The scripts that time something on a CPU; the others of benchmarks/ compile, compute, or need a GPU.
 TIMED := $(wildcard $(patsubst %,benchmarks/%.py,interventions scan forward))
 
-.PHONY: demo reproduce test test-sae-lens test-all lint benchmarks kernels clean
+.PHONY: demo reproduce chromium test test-sae-lens test-all lint notebooks docs benchmarks kernels clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet '$(TORCH)'
-	$(BIN)/pip install --quiet -e '.[tests]'
+	$(BIN)/pip install --quiet -e '.[tests,pages,view,docs]'
 	touch $@
 
 $(LENS_INSTALLED): pyproject.toml
@@ -43,19 +45,31 @@ demo: $(INSTALLED)
 reproduce: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/writesae reproduce $(if $(MODEL),--model $(MODEL)) $(if $(QUICK),--quick)
 
-test: $(INSTALLED) test-sae-lens
+# The pages are tested in a real browser: the system's own, else Debian's, else the one that Playwright brings.
+chromium: $(INSTALLED)
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+	|| $(BIN)/python -m playwright install chromium
+
+test: $(INSTALLED) chromium test-sae-lens
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 test-sae-lens: $(LENS_INSTALLED)
-	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) -m sae_lens
+	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) -m sae_lens tests/writesae/interop tests/benchmarks
 	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) tests/hooked_recurrent/compat
 
-test-all: $(INSTALLED) test-sae-lens
+test-all: $(INSTALLED) chromium test-sae-lens
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m 'not sae_lens'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+notebooks: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m notebooks.run
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 benchmarks: $(INSTALLED) $(LENS_INSTALLED)
 	set -e; for script in $(TIMED); do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done
