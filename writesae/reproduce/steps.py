@@ -94,7 +94,7 @@ def _sign_test(bench: Bench) -> Results:
 
 
 def _install(bench: Bench) -> Results:
-    """The middle stratum at the paper's middle magnitude; the other strata there; and the other magnitudes."""
+    """The middle stratum at the paper's middle magnitude, in one head and in many; other strata; other magnitudes."""
     size, sae = bench.config, bench.dictionary()
     middle = InstallConfig(
         prompts=size.trials // 2, positions=1, cells=("auto",), strata=("middle",), magnitudes=(3.0,), seed=size.seed
@@ -105,6 +105,7 @@ def _install(bench: Bench) -> Results:
         others = replace(few, strata=("frequent", "rare", "semantic"), steering=False)
         doses = replace(few, magnitudes=(1.5, 6.0), steering=False)
         results |= {
+            "spread": bench.test(install, "install, many heads", sae, replace(middle, cells=("spread",))),
             "strata": bench.test(install, "install, strata", sae, others),
             "doses": bench.test(install, "install, doses", sae, doses),
         }
