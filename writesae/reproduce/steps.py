@@ -35,11 +35,12 @@ def _replacement(bench: Bench) -> Results:
     size = bench.config
     config = ReplacementConfig(total=size.firings, per_atom=size.per_atom, seed=size.seed)
     fewer = replace(config, total=size.firings // 3)
-    return {
-        "best": bench.test(replacement, "replacement, best", bench.best, config),
-        "write": bench.test(replacement, "replacement, write", bench.dictionary("write"), fewer),
-        "state": bench.test(replacement, "replacement, state", bench.dictionary("state"), fewer),
-    }
+    results = {"best": bench.test(replacement, "replacement, best", bench.taught(), config)}
+    if not size.quick:
+        results["best_kl"] = bench.test(replacement, "replacement, best, then KL", bench.taught("relative_kl"), config)
+    for source in ("write", "state"):
+        results[source] = bench.test(replacement, f"replacement, {source}", bench.dictionary(source), fewer)
+    return results
 
 
 def _heads(bench: Bench) -> Results:
