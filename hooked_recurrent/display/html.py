@@ -38,7 +38,7 @@ STYLE = """
 .hooked-view .ctl { font-style: normal; font-size: .85em; border: 1px solid currentColor; border-radius: 3px; padding: 0 2px;
   opacity: .8; }
 .hooked-view .nl, .hooked-view .tab { font-style: normal; opacity: .5; }
-.hooked-view .sp { font-style: normal; background: radial-gradient(circle closest-side, rgb(128 128 128 / .9) 0 .06em,
+.hooked-view .hv-token .sp { font-style: normal; background: radial-gradient(circle closest-side, rgb(128 128 128 / .9) 0 .06em,
   transparent .08em) center / 100% 100% no-repeat; }
 """
 

@@ -1,27 +1,77 @@
-"""One line for a notebook instead of pages of numbers: tensors by dtype and shape."""
+"""One line for a terminal instead of pages of numbers, and the same by field for a notebook."""
 
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
-# A longer row of numbers is shortened.
+from hooked_recurrent.display.html import card, details, table
+
+# A longer row of numbers is shortened, and so is a longer text.
 SHOWN = 8
+MOST_CHARACTERS = 80
+# The range of a larger tensor is not looked for: showing a value should cost nothing.
+MOST_NUMBERS = 1 << 22
 
 
 def brief(value: Any) -> str:
-    """float32[2, 12, 4] for a tensor, (0, 1, 2, ..., 23) for a long tuple, a dictionary's size, else the value's repr."""
+    """float32[2, 12, 4] for a tensor, (0, 1, 2, ..., 23) for a long tuple, sizes of dictionaries and tables, else the repr."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, tuple) and len(value) > SHOWN:
-        return f"({', '.join(map(str, value[:3]))}, ..., {value[-1]})"
-    return f"{len(value)} entries" if isinstance(value, dict) else repr(value)
+    if isinstance(value, tuple | list) and len(value) > SHOWN:
+        first, last = "()" if isinstance(value, tuple) else "[]"
+        return f"{first}{', '.join(map(_short, value[:3]))}, ..., {_short(value[-1])}{last}"
+    if isinstance(value, dict):
+        return f"{len(value)} entries"
+    if hasattr(value, "to_numpy"):  # pandas' tables and series, which nothing here has to import
+        return f"{'x'.join(map(str, value.shape))} table"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    return _short(value) if isinstance(value, str) else repr(value)
+
+
+def _short(value: Any) -> str:
+    """A repr that fits on a line."""
+    shown = repr(value)
+    return shown if len(shown) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}..."
+
+
+def span(values: Tensor) -> str:
+    """The smallest and the largest number of a tensor; nothing where there are none, or too many to look through."""
+    if not 0 < values.numel() <= MOST_NUMBERS:
+        return ""
+    low, high = (f"{float(end):.4g}" for end in values.detach().aminmax())
+    return f"{low} to {high}"
 
 
 class OneLine:
-    """Gives a dataclass (made with repr=False) a repr of one line; what is None is left out."""
+    """Gives a dataclass (made with repr=False) a repr of one line and a small table; what is None is left out."""
+
+    def held(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in named.items() if value is not None}
 
     def __repr__(self) -> str:
-        held = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        shown = [f"{name}={brief(value)}" for name, value in held.items() if value is not None]
+        shown = [f"{name}={brief(value)}" for name, value in self.held().items()]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_html_(self) -> str:
+        """A row per field: what it holds, and of tensors the range of their numbers."""
+        rows = [
+            {"field": name, "holds": brief(value), "from to": span(value) if isinstance(value, Tensor) else ""}
+            for name, value in self.held().items()
+        ]
+        return card(type(self).__name__, parts=[table(rows)])
+
+
+def config_html(config: Any) -> str:
+    """A row per field of a dataclass; those at their defaults stand behind a click."""
+    default = {field.name: field.default for field in fields(config)}
+    rows = [{"field": name, "value": brief(getattr(config, name))} for name in default]
+    chosen = [row for row in rows if getattr(config, row["field"]) != default[row["field"]]]
+    others = [row for row in rows if row not in chosen]
+    parts = [table(chosen)] if chosen else []
+    if others:
+        parts.append(details(f"{len(others)} at their defaults", table(others)))
+    return card(type(config).__name__, parts=parts)
