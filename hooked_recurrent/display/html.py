@@ -82,6 +82,10 @@ def cell(value: Any) -> Any:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return Markup(", ").join(cell(one) for one in value)
+    if isinstance(value, dict):
+        return Markup(", ").join(Markup("{} {}").format(one_line(str(name)), cell(one)) for name, one in value.items())
     return one_line(value) if isinstance(value, str) else plain(str(value))
 
 

@@ -79,9 +79,9 @@ class ShownModel:
         sizes = {kind: f"{cfg.n_heads} heads, d_k {cfg.d_k}, d_v {cfg.d_v}" for kind in kinds}
         if cfg.attention is not None:
             sizes["attention"] = f"{cfg.attention.n_heads} heads, d_head {cfg.attention.d_head}"
-        layers = " + ".join(f"{count} {kind} ({sizes[kind]})" for kind, count in kinds.items())
+        layers = " + ".join(f"{count} {kind} layers ({sizes[kind]})" for kind, count in kinds.items())
         return (
-            f"{type(self).__name__}({cfg.model_name!r}: layers {layers}; "
+            f"{type(self).__name__}({cfg.model_name!r}: {layers}; "
             f"d_model {cfg.d_model}, vocabulary {cfg.d_vocab:,}; {self.parameter_count():,} parameters, "
             f"{brief_dtype(self.dtype)} on {self.device}; {len(self.hook_dict)} hooks)"
         )
