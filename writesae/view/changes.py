@@ -20,6 +20,7 @@ that is scaled is the untouched run's. Changes act in the order in which they ar
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hooked_recurrent import WriteEdit
 from hooked_recurrent.edits import Edit, Reading
@@ -56,7 +57,7 @@ def check(session: Session, prompt: Prompt, change: Change) -> None:
     """Raise for a change that this text or dictionary does not have room for; nothing has run yet.
 
     IndexError for a token or atom that is not there; ValueError for an unknown op, an op without its atom or amount or with
-    one too many, an amount that is not finite or larger than `LARGEST`, and an atom that is silent where its own share is meant.
+    one too many, an amount that is not finite or beyond `LARGEST`, and an atom that is silent where its own share is meant.
     """
     last, n_atoms = prompt.tokens.shape[1] - 1, session.sae.config.n_atoms
     if change.op not in OPS:
@@ -98,7 +99,7 @@ def edits(
 
 
 def _edits(session: Session, prompt: Prompt, change: Change, reading: Reading) -> Sequence[Edit]:
-    place = {"layer": session.layer, "head": session.head, "position": change.position}
+    place: dict[str, Any] = {"layer": session.layer, "head": session.head, "position": change.position}
     if change.atom is None:
         if change.op == "delete":
             return (WriteEdit(**place, op="delete", form=session.form, reading=reading),)

@@ -7,7 +7,7 @@ from hooked_recurrent import HookedRecurrentModel
 from tests.hooked_recurrent.models import RULES, SOFTMAX, tiny_model
 from tests.writesae.view.letters import LEARNED, TEXT, Letters, letters
 from writesae import WriteSAE, WriteSAEConfig
-from writesae.view.session import coefficient, firings, read, session, told, tokens_of, words
+from writesae.view.session import coefficient, firings, read, session, tokens_of, told, words
 
 over_rules = pytest.mark.parametrize("rule", RULES)
 over_learned = pytest.mark.parametrize("learned", LEARNED)
