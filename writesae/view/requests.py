@@ -15,6 +15,15 @@ MOST_TOP = 50
 LARGEST_BODY = 1 << 16
 """Bytes of a request's body: the longest text with every character escaped, and the changes."""
 
+BOUNDS = {
+    "characters": MOST_CHARACTERS,
+    "tokens": MOST_TOKENS,
+    "changes": MOST_CHANGES,
+    "new_tokens": MOST_NEW_TOKENS,
+    "top": MOST_TOP,
+}
+"""The same by name, for a page to say."""
+
 Text = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
 Amount = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 

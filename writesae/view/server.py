@@ -88,14 +88,7 @@ class Desk:
 
     def about(self) -> dict[str, Any]:
         """The session, and what a request may ask for."""
-        bounds = {
-            "characters": asked.MOST_CHARACTERS,
-            "tokens": asked.MOST_TOKENS,
-            "changes": asked.MOST_CHANGES,
-            "new_tokens": asked.MOST_NEW_TOKENS,
-            "top": asked.MOST_TOP,
-        }
-        return {**self.session.about(), "bounds": bounds}
+        return {**self.session.about(), "bounds": asked.BOUNDS}
 
 
 def application(session: Session, page: str, port: int, desk: Desk | None = None) -> Any:
