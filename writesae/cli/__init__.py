@@ -20,6 +20,7 @@ writesae models      the models that ship with the package
 writesae partition   which atoms look like one native write, and whether there are two kinds
 writesae perplexity  what reconstructed memories cost the text that follows
 writesae selectivity the paper's selectivity, and why it says little
+writesae report      one page with every atom of a dictionary, to open in any browser
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
@@ -38,6 +39,7 @@ from writesae.cli import (
     population,
     readers,
     replace,
+    report,
     reproduce,
     selectivity,
     sign_test,
@@ -62,6 +64,7 @@ __all__ = [
     "population",
     "readers",
     "replace",
+    "report",
     "reproduce",
     "selectivity",
     "sign_test",

@@ -27,6 +27,8 @@ STAGES = {
     "readers": "deleting writes",
     "steer": "steering",
     "dictionaries": "dictionaries",
+    "codes": "reading codes",
+    "readout": "predicting tokens",
 }
 
 Model = Annotated[
