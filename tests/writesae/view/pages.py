@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -20,8 +21,9 @@ from writesae.view.session import Session, session
 MODEL, LAYER, HEAD, ATOMS = "tiny-gated-deltanet", 1, 3, 24
 
 
+@cache
 def small() -> tuple[Session, AtomBrowserData, Passages]:
-    """A session whose atoms are writes of the model itself, and what a page shows of them; nothing is trained."""
+    """A session whose atoms are writes of the model itself, and what a page shows of them. Untrained; change none of it."""
     model = HookedRecurrentModel.from_pretrained(MODEL)
     held = passages(standard_library("heldout")[:6], model, 64, split="heldout", max_passages=6, seed=0)
     torch.manual_seed(0)

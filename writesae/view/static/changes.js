@@ -21,7 +21,7 @@
   function amount(change, index) {
     const [low, high] = range(change), what = change.op === "scale" ? "Factor" : "Coefficient";
     const name = `${what} at token ${change.position}${change.atom === null ? "" : `, atom ${change.atom}`}`;
-    const slider = el("input", { type: "range", min: low, max: high, step: (high - low) / 200, "aria-label": `${name}, slider` });
+    const slider = el("input", { type: "range", min: low, max: high, step: change.op === "scale" ? 0.05 : (high - low) / 200, "aria-label": `${name}, slider` });
     const field = el("input", { type: "number", step: "any", min: -1e6, max: 1e6, required: true, "aria-label": name });
     slider.value = change.amount;
     field.value = Number(change.amount.toPrecision(4));
