@@ -81,7 +81,7 @@ def test_errors_come_before_any_work(run, saved, tmp_path, monkeypatch):
     refused(
         "is no page that `writesae report` of this version wrote", saved, "--page", tmp_path / "other.html", "--port", 0
     )
-    refused("there is no dictionary", tmp_path, "--port", 0)
+    refused("no saved WriteSAE at", tmp_path, "--port", 0)
 
     def missing(name):
         raise ModuleNotFoundError(name=name)
