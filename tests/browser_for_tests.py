@@ -46,6 +46,7 @@ def watched_page(browser, *, own=(), **options):
     own: beginnings of addresses that the page may ask for. options: of the context (viewport, color_scheme, ...).
     """
     context = browser.new_context(**options)
+    context.set_default_timeout(120_000)  # a loaded machine is slow, not wrong
     page = context.new_page()
     complaints = []
     page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)

@@ -190,6 +190,7 @@ def _table(sae: WriteSAE, writes: CellWrites, firings: Firings, form: str, confi
     return pd.DataFrame({**columns, "largest": largest, "cosine": cosine, "kind": kind})
 
 
+@torch.no_grad()
 def median_cosine(sae: WriteSAE, writes: CellWrites, form: str = "additive") -> Float[np.ndarray, " atom"]:
     """Per atom the median over its firings of its Frobenius cosine to the native write of this form; NaN where silent."""
     codes = writes.codes.reshape(torch.Size([writes.norms.numel()]))

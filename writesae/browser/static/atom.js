@@ -12,7 +12,7 @@
   function figures(atom) {
     const { table, about } = AtomPage, tokens = about.passages * about.length;
     return el("dl", { class: "figures" },
-      figure("fires on", percent(table.rate[atom]), `${whole(table.firings[atom])} of ${whole(tokens)} tokens`),
+      figure("firing rate", percent(table.rate[atom]), `${whole(table.firings[atom])} of ${whole(tokens)} tokens`),
       figure("median coefficient", number(table.median[atom]), `largest ${number(table.largest[atom])}`),
       figure("cosine to native writes", fixed(table.cosine[atom]), "median over firings"));
   }
@@ -77,9 +77,9 @@
         note(about.browser.tested_atoms ? `The ${whole(about.browser.tested_atoms)} most frequent atoms were.` : "No replacement was run for this page."));
     }
     return panel(title,
-      AtomPage.bars([["atom", table.kl_atom[atom], "plus"], ["nothing", table.kl_delete[atom], "muted"], ["random atom", table.kl_random[atom], "muted"]]),
+      AtomPage.bars([["atom", table.kl_atom[atom], "plus"], ["nothing", table.kl_delete[atom], "muted"], ["random", table.kl_random[atom], "muted"]]),
       note(`KL at the token in nats, median over ${tested} ${tested === 1 ? "firing" : "firings"}; smaller is closer to the model's own. `,
-        `The atom was closer than deletion in ${table.won[atom]} of ${tested}.`));
+        `The atom was closer than deletion ("wins") in ${table.won[atom]} of ${tested}.`));
   }
 
   function tokens(title, name, atom, style, more) {
@@ -87,7 +87,7 @@
     if (!list.length) return panel(title, note("The atom did not fire."));
     const largest = Math.max(...list.map(([, value]) => Math.abs(value)), 1e-300);
     const shown = name === "fires_on" ? percent : (value) => number(value, true);
-    return panel(title, el("ol", { class: `words ${style}` }, list.map(([word, value]) => el("li", {},
+    return panel(title, el("ol", { class: `words ${style}` }, list.map(([word, value]) => el("li", { title: `token ${AtomPage.words.id[word]}` },
       chip(AtomPage.words.text[word]), el("span", { class: "track", "aria-hidden": "true" }, el("span", { class: "fill", "--w": `${(100 * Math.abs(value)) / largest}%` })),
       el("span", { class: "value" }, shown(value))))), more ? note(more) : null);
   }
@@ -99,7 +99,7 @@
     if (!list.length) return null;
     return panel("Nearest atoms", el("ol", { class: "nearest" }, list.map(([other, cosine]) => el("li", {},
       el("a", { href: AtomPage.address({ atom: other }), "data-open": other }, String(other)),
-      el("span", { class: "chips" }, AtomPage.listOf("fires_on", other).slice(0, 2).map(([word]) => chip(AtomPage.words.text[word]))),
+      el("span", { class: "chips" }, AtomPage.table.firings[other] ? AtomPage.listOf("fires_on", other).slice(0, 2).map(([word]) => chip(AtomPage.words.text[word])) : el("small", {}, "silent")),
       el("span", { class: "value" }, fixed(cosine))))));
   }
 

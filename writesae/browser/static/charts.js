@@ -5,13 +5,13 @@
 (() => {
   const { el, svg, number, whole } = AtomPage;
 
-  /** Firings by coefficient. */
+  /** Firings by coefficient; counts by their logarithm, since most atoms fire weakly far more often than strongly. */
   AtomPage.histogram = (counts, largest) => {
     const wide = 260, tall = 92, foot = 16, most = Math.max(...counts), bar = wide / counts.length;
     const total = counts.reduce((sum, count) => sum + count, 0);
     const label = `${whole(total)} firings by coefficient, from 0 to ${number(largest)}; at most ${whole(most)} in one bar`;
     const bars = Array.from(counts, (count, i) => {
-      const height = count ? Math.max(1.5, (tall * count) / most) : 0;
+      const height = count ? (tall * (1 + Math.log(count))) / (1 + Math.log(most)) : 0;
       const range = `${number((largest * i) / counts.length)} to ${number((largest * (i + 1)) / counts.length)}: ${whole(count)}`;
       return svg("rect", { x: i * bar + 0.75, y: tall - height, width: bar - 1.5, height, rx: 1 }, svg("title", {}, range));
     });
@@ -21,7 +21,7 @@
       svg("line", { x1: 0, x2: wide, y1: tall + 0.5, y2: tall + 0.5 }),
       svg("text", { x: 0, y: tall + foot - 1 }, "0"),
       svg("text", { x: wide, y: tall + foot - 1, class: "end" }, number(largest)),
-      svg("text", { x: wide, y: -2, class: "end" }, `most ${whole(most)}`),
+      svg("text", { x: wide, y: -2, class: "end" }, `most ${whole(most)}, log scale`),
     );
   };
 

@@ -15,7 +15,7 @@
       item("register", whole(of("register")), `cosine ${about.browser.threshold} or more`),
       item("bundle", whole(of("bundle")), "cosine below"),
       item("silent", whole(of("silent")), "never fired on this text"),
-      item("beats deletion", tested ? percent(won / tested) : "–", tested ? `of ${whole(tested)} firings, ${whole(measured)} atoms` : "not measured"));
+      item("wins", tested ? percent(won / tested) : "–", tested ? `of ${whole(tested)} against deletion, ${whole(measured)} atoms` : "not measured"));
   }
 
   function map() {

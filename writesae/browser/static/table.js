@@ -20,11 +20,11 @@
     { name: "firings", label: "Rate", hint: "Share of all tokens at which it fires", sort: column("firings"),
       cell: (atom) => percent(AtomPage.table.rate[atom]) },
     { name: "median", label: "Coef.", hint: "Median coefficient where it fires", sort: column("median"),
-      cell: (atom) => number(AtomPage.table.median[atom]), wide: "wide" },
+      cell: (atom) => number(AtomPage.table.median[atom]), wide: "wider" },
     { name: "cosine", label: "Cosine", hint: "Median cosine to the native writes", sort: column("cosine"),
       cell: (atom) => fixed(AtomPage.table.cosine[atom]) },
-    { name: "closer", label: "Beats deletion", hint: "Firings at which the atom, put in the write's place, moves the output less than deletion",
-      sort: share, wide: "wider",
+    { name: "closer", label: "Wins", hint: "Firings at which the atom, put in the write's place, moves the output less than deletion",
+      sort: share, wide: "wide",
       cell: (atom) => (AtomPage.table.tested[atom] ? `${AtomPage.table.won[atom]} of ${AtomPage.table.tested[atom]}` : "–") },
   ];
 
@@ -91,9 +91,10 @@
 
   const spacer = (rows) => el("tr", { class: "gap", "aria-hidden": "true", "--h": `${rows * rowHeight}px` }, el("td", {}));
 
-  function drawRows() {
+  /** Draw the rows in sight; `focus` is the row that shall have the focus, by default the one that has it now. */
+  function drawRows(focus = null) {
     const scroll = byId("scroll"), body = byId("rows");
-    const held = body.contains(document.activeElement) ? Number(document.activeElement.closest("tr").dataset.row) : null;
+    const held = focus === null && body.contains(document.activeElement) ? Number(document.activeElement.closest("tr").dataset.row) : focus;
     const first = Math.max(0, Math.floor(scroll.scrollTop / rowHeight) - EXTRA);
     const last = Math.min(order.length, Math.ceil((scroll.scrollTop + scroll.clientHeight) / rowHeight) + EXTRA);
     const rows = [];
@@ -113,12 +114,10 @@
     else if (bottom > scroll.scrollTop + scroll.clientHeight - head) scroll.scrollTop = bottom - scroll.clientHeight + head;
   }
 
-  function moveTo(row, focus = true) {
+  function moveTo(row) {
     active = Math.max(0, Math.min(order.length - 1, row));
     reveal(active);
-    drawRows();
-    const link = byId("rows").querySelector(`tr[data-row="${active}"] a`);
-    if (focus && link) link.focus({ preventScroll: true });
+    drawRows(active);
   }
 
   /** The atom so many rows further in the listed order, or null. */
