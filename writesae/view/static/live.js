@@ -133,6 +133,7 @@
   live.start = () => {
     const { el } = AtomPage, text = byId("live-text"), form = byId("live-form");
     document.querySelector(".panes").prepend(byId("live"));
+    document.body.classList.remove("live"); // it is one of the panes now, which scroll by themselves
     const mode = (name, label) => el("button", { type: "button", "data-mode": name, "aria-pressed": "false", onclick: () => {
       live.front(true);
       live.show(name === "prompt");
