@@ -95,4 +95,5 @@ def test_an_interrupt_is_how_one_stops_it():
         def run(self, sockets):
             raise KeyboardInterrupt
 
-    assert serving.run(Stopped(), None) is None
+    with bind(0) as listening:
+        assert serving.run(Stopped(), listening) is None

@@ -106,6 +106,7 @@ def test_type_a_prompt_replace_a_write_and_watch(browser, home, made):
         assert tokens.nth(0).evaluate("(node) => node.style.getPropertyValue('--k')") == "0.000"
         shot(page, "view-replaced")
         assert serious_violations(page) == []
+        assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")  # its panes scroll, not the page
 
         tokens.nth(at + 3).click()  # look further on: the same changes, another place
         until(page, "AtomPage.live.outcome.at.length === 3")
@@ -142,7 +143,7 @@ def test_amounts_readings_and_undoing(browser, home, made):
         page.locator("#live-amount").fill("0.25")
         page.get_by_role("button", name="Write this atom as well").click()
         settle(page)
-        page.get_by_label("read").select_option("cache")
+        page.locator("#live-reading").select_option("cache")
         settle(page)
         both = [Change(last, "scale", None, 3.0), Change(last, "add", 7, 0.25)]
         found = distributions(study, prompt, both, position=last, top=8, reading="cache")

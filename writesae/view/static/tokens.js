@@ -99,7 +99,7 @@
     const chips = AtomPage.listOf("fires_on", atom).slice(0, 3).map(([word]) => AtomPage.chip(AtomPage.words.text[word]));
     return el("tr", { "data-atom": atom },
       el("th", { scope: "row" }, live.link(atom)),
-      el("td", { class: "chips" }, chips),
+      el("td", { class: "c-chips" }, el("div", { class: "chips" }, chips)),
       el("td", { class: "size" }, el("div", {},
         el("span", { class: "track plus", "aria-hidden": "true" }, el("span", { class: "fill", "--w": `${(100 * value) / largest}%` })),
         el("span", { class: "value" }, number(value)))),
