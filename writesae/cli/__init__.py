@@ -21,6 +21,7 @@ writesae partition   which atoms look like one native write, and whether there a
 writesae perplexity  what reconstructed memories cost the text that follows
 writesae selectivity the paper's selectivity, and why it says little
 writesae report      one page with every atom of a dictionary, to open in any browser
+writesae view        the same page with a live prompt box, on this machine
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
@@ -45,6 +46,7 @@ from writesae.cli import (
     sign_test,
     steer,
     train,
+    view,
 )
 from writesae.cli.base import app
 
@@ -70,4 +72,5 @@ __all__ = [
     "sign_test",
     "steer",
     "train",
+    "view",
 ]
