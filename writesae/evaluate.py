@@ -11,6 +11,7 @@ from writesae.evaluation.comparing.baselines import BaselinesConfig, baselines
 from writesae.evaluation.comparing.encoder_swap import EncoderSwapConfig, encoder_swap
 from writesae.evaluation.comparing.objectives import ObjectivesConfig, compare_objectives
 from writesae.evaluation.describing.class_differences import ClassDifferencesConfig, class_differences
+from writesae.evaluation.describing.contexts import top_contexts
 from writesae.evaluation.describing.partition import PartitionConfig, partition
 from writesae.evaluation.describing.perplexity import PerplexityConfig, perplexity
 from writesae.evaluation.describing.selectivity import SelectivityConfig, selectivity
@@ -66,4 +67,5 @@ __all__ = [
     "steering",
     "strongest_edits",
     "sweep_cells",
+    "top_contexts",
 ]
