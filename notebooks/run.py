@@ -104,7 +104,14 @@ def _environment(scratch: str) -> dict[str, str]:
     """This process's environment, on one thread, with this checkout first and nobody's own IPython settings."""
     kept = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**kept, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths), "IPYTHONDIR": str(Path(scratch, ".ipython"))}
+    return {
+        **kept,
+        **ONE_THREAD,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "IPYTHONDIR": str(Path(scratch, ".ipython")),
+        # tqdm's complaint where JupyterLab's widgets are not installed; nobody watches a bar here.
+        "PYTHONWARNINGS": "ignore:IProgress not found",
+    }
 
 
 def _failed(notebook: NotebookNode) -> str:
