@@ -17,6 +17,7 @@ from writesae.evaluation.describing.perplexity import PerplexityConfig, perplexi
 from writesae.evaluation.describing.selectivity import SelectivityConfig, selectivity
 from writesae.evaluation.firings import encode_cell, sample_firings
 from writesae.evaluation.installing.install import InstallConfig, install
+from writesae.evaluation.installing.install_token import install_token
 from writesae.evaluation.predicting.logit_search import strongest_edits
 from writesae.evaluation.predicting.logit_shift import LogitShiftConfig, logit_shift
 from writesae.evaluation.predicting.sign_test import SignTestConfig, sign_test
@@ -54,6 +55,7 @@ __all__ = [
     "encoder_swap",
     "erasure",
     "install",
+    "install_token",
     "logit_shift",
     "partition",
     "passage_test",
