@@ -1,7 +1,7 @@
 """WriteSAE: sparse autoencoders over the rank-1 writes of recurrent language models."""
 
 from writesae.config import TrainConfig, WriteSAEConfig
-from writesae.sae import Codes, Factored, LossOutput, Matrices, Samples, Vectors, WriteSAE
+from writesae.sae import Codes, Factored, LossOutput, Matrices, Samples, Vectors, WriteSAE, atoms_html
 from writesae.stream import ActivationStore, ActivationStream, Passages, Source, passages
 from writesae.training import Job, TrainResult, fit, train, train_many
 
@@ -21,6 +21,7 @@ __all__ = [
     "Vectors",
     "WriteSAE",
     "WriteSAEConfig",
+    "atoms_html",
     "fit",
     "passages",
     "train",

@@ -38,7 +38,7 @@ STYLE = """
 .hooked-view .ctl { font-style: normal; font-size: .85em; border: 1px solid currentColor; border-radius: 3px; padding: 0 2px;
   opacity: .8; }
 .hooked-view .nl, .hooked-view .tab { font-style: normal; opacity: .5; }
-.hooked-view .sp { font-style: normal; background: radial-gradient(circle closest-side, rgb(128 128 128 / .9) 0 .06em,
+.hooked-view .hv-token .sp { font-style: normal; background: radial-gradient(circle closest-side, rgb(128 128 128 / .9) 0 .06em,
   transparent .08em) center / 100% 100% no-repeat; }
 """
 
@@ -82,6 +82,10 @@ def cell(value: Any) -> Any:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return Markup(", ").join(cell(one) for one in value)
+    if isinstance(value, dict):
+        return Markup(", ").join(Markup("{} {}").format(one_line(str(name)), cell(one)) for name, one in value.items())
     return one_line(value) if isinstance(value, str) else plain(str(value))
 
 

@@ -50,7 +50,7 @@ class NextTokens:
         top = max(float(self.table[name].max()) for name in columns if name in ("before", "after"))
         rows = []
         for row in self.table.to_dict("records"):
-            shown = {"token": Markup("<bdi>{}</bdi>").format(one_line(row["token"]))}
+            shown: dict[str, str] = {"token": Markup('<bdi class="hv-token">{}</bdi>').format(one_line(row["token"]))}
             for name, hue in (("before", NEGATIVE), ("after", POSITIVE)):
                 if name in row:
                     bar = render(BAR, width=f"{100 * row[name] / top if top > 0 else 0:.1f}", hue=hue)

@@ -15,8 +15,8 @@ MOST_CHARACTERS = 200
 FAINTEST = 0.005
 """Shades below this opacity are left out: they cannot be seen."""
 
-# The rows of a view are radio buttons that are drawn as their names, each in front of the text that it shows: CSS alone switches
-# between them. The form keeps the buttons of one view apart from those of all others on the page, without a name to invent.
+# The rows of a view are radio buttons that are drawn as their names, each in front of the text that it shows: CSS alone
+# switches between them. The form keeps the buttons of one view apart from all others on the page without a name to invent.
 STYLE = Markup("""
 .hooked-tokens form { display: flex; flex-wrap: wrap; gap: 4px; margin: 2px 0; }
 .hooked-tokens form > section { order: 1; flex: 0 0 100%; max-width: 100%; }
@@ -43,7 +43,7 @@ TEMPLATE = """<div class="hooked-view hooked-tokens"><style>{{ style }}{{ own }}
 <form method="dialog">{% for row in rows %}
 {% if rows | length > 1 %}<input type="radio" name="row" data-name="{{ row.name }}" aria-label="{{ row.name }}"
 {%- if loop.first %} checked{% endif %}>{% endif -%}
-<section><div class="hv-text" dir="ltr">{{ row.text }}</div>
+<section><div class="hv-text hv-token" dir="ltr">{{ row.text }}</div>
 <div class="hv-legend"><b>{{ row.name }}</b><span>{{ row.low }}</span><i style="background: {{ row.ramp }}"></i>
 <span>{{ row.high }}</span></div></section>{% endfor %}
 </form></div>"""

@@ -7,11 +7,11 @@ ACTIVE = {"script", "iframe", "object", "embed", "link", "meta", "base"}
 
 
 class Reader(HTMLParser):
-    """Collects tags, attributes, the text outside styles, and the rows of tables as text."""
+    """Collects tags, attributes, the text outside styles, and per table its rows as text."""
 
     def __init__(self, markup: str):
         super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.attributes, self.text, self.rows = [], [], [], "", []
+        self.open, self.tags, self.attributes, self.text, self.tables = [], [], [], "", []
         self.feed(markup)
         self.close()
         assert self.open == [], f"never closed: {self.open}"
@@ -24,10 +24,12 @@ class Reader(HTMLParser):
         self.attributes += attrs
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
         if tag == "tr":
-            self.rows.append([])
+            self.tables[-1].append([])
         if tag in ("td", "th"):
-            self.rows[-1].append("")
+            self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
@@ -37,7 +39,7 @@ class Reader(HTMLParser):
             return
         self.text += data
         if self.open and ("td" in self.open or "th" in self.open):
-            self.rows[-1][-1] += data
+            self.tables[-1][-1][-1] += data
 
     def of(self, name):
         """The values of one attribute, in order."""
@@ -46,5 +48,5 @@ class Reader(HTMLParser):
 
 def table_of(markup: str) -> list[dict[str, str]]:
     """The rows of the first table by its header."""
-    header, *rows = Reader(markup).rows
+    header, *rows = Reader(markup).tables[0]
     return [dict(zip(header, row, strict=True)) for row in rows]
