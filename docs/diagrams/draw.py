@@ -44,6 +44,7 @@ DARK = (
     "--ink: #e8ebf2; --dim: #a3acbd; --line: #6b7488; --panel: #1c212b; --box: #262c38; --decay: #f0ab3c; --erase: #ff7b93; "
     "--write: #55c97c; --read: #6ea8ff; --up: #b394ff; --stream: #a9b4c6;"
 )
+PLAIN_STYLE = STYLE.replace("LIGHT", LIGHT).replace("DARK", DARK).strip()
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,6 @@ class Drawing:
 
     def svg(self) -> str:
         """The whole picture."""
-        style = STYLE.replace("LIGHT", LIGHT).replace("DARK", DARK).strip()
         arrows = "".join(
             f'<marker id="{self.key}-{role}" class="{role}" viewBox="0 0 8 8" refX="6.5" refY="4" markerWidth="6.5" '
             f'markerHeight="6.5" orient="auto"><path d="M0.5 0.8 L7 4 L0.5 7.2 Z" fill="var(--c)"/></marker>'
@@ -138,7 +138,7 @@ class Drawing:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="hookmap" viewBox="0 0 {self.width:g} {self.height:g}" '
             f'role="img" aria-label="{escape(self.title)}">\n<title>{escape(self.about)}</title>\n'
-            f"<style>{style}</style>\n<defs>{arrows}</defs>\n" + "\n".join(parts) + "\n</svg>\n"
+            f"<style>{PLAIN_STYLE}</style>\n<defs>{arrows}</defs>\n" + "\n".join(parts) + "\n</svg>\n"
         )
 
     @property

@@ -56,7 +56,7 @@ def delta_rule(
         "q": f"before the L2 norm, {of('d_k')}",
     }
     upstream(drawing, places, hooks)
-    made(drawing, at, MAKE, {"decay": decay[1], "key": "k / |k|", "value": "β v", "query": "q / |q| √d_k"} | made_of)
+    made(drawing, at, MAKE, {"decay": decay[1], "key": "k / |k|", "value": "β v", "query": "q / (|q| √d_k)"} | made_of)
     bottom = roles(drawing, at, MAKE + 54, decay=of("d_k") if channel else HEAD)
     feeds(drawing, "decay", "decay", *(["step"] if decay[0] else []))
     feeds(drawing, "erase", "erase", "mixer.hook_beta", "mixer.hook_k")
