@@ -45,6 +45,7 @@ from writesae.evaluation.installing.install_lambda import (
     Slope,
     at_cells,
     furthest_cells,
+    promising,
     refine,
     slope,
     steepest,
