@@ -11,7 +11,7 @@ from writesae.evaluation.comparing.baselines import BaselinesConfig, baselines
 from writesae.evaluation.comparing.encoder_swap import EncoderSwapConfig, encoder_swap
 from writesae.evaluation.comparing.objectives import ObjectivesConfig, compare_objectives
 from writesae.evaluation.describing.class_differences import ClassDifferencesConfig, class_differences
-from writesae.evaluation.describing.contexts import top_contexts
+from writesae.evaluation.describing.contexts import contexts_html, top_contexts
 from writesae.evaluation.describing.partition import PartitionConfig, partition
 from writesae.evaluation.describing.perplexity import PerplexityConfig, perplexity
 from writesae.evaluation.describing.selectivity import SelectivityConfig, selectivity
@@ -51,6 +51,7 @@ __all__ = [
     "baselines",
     "class_differences",
     "compare_objectives",
+    "contexts_html",
     "encode_cell",
     "encoder_swap",
     "erasure",

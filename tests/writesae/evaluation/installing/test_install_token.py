@@ -45,8 +45,8 @@ def unrefined(model, prompt, magnitude):
 @over_rules
 def test_installed_writes_get_further_than_the_steepest_and_than_none(rule):
     model, prompt = opened((rule, rule))
-    given = install_token(model, prompt, TARGET, cell=(LAYER, HEAD), magnitude=2.0, **SMALL)
-    start = unrefined(model, prompt, 2.0)
+    given = install_token(model, prompt, TARGET, cell=(LAYER, HEAD), magnitude=0.5, **SMALL)
+    start = unrefined(model, prompt, 0.5)
     assert [(edit.layer, edit.head, edit.position, edit.op) for edit in given] == [
         (edit.layer, edit.head, edit.position, "add") for edit in start
     ]
@@ -71,7 +71,7 @@ def test_the_cell_is_the_one_in_which_most_is_reached():
 
 def test_more_norm_is_more_norm_and_a_hybrid_is_written_to_where_it_recurs():
     model, prompt = opened(HYBRID)
-    small, large = (install_token(model, prompt, TARGET, magnitude=size, **SMALL) for size in (0.5, 4.0))
+    small, large = (install_token(model, prompt, TARGET, magnitude=size, **SMALL) for size in (0.1, 0.5))
     assert {edit.layer for edit in small + large} <= set(model.cfg.recurrent_layers)
     assert reached(model, prompt, large) > reached(model, prompt, small) > reached(model, prompt, [])
 
@@ -84,8 +84,8 @@ def test_more_norm_is_more_norm_and_a_hybrid_is_written_to_where_it_recurs():
         (IndexError, "target 10000 is out of range: the vocabulary has", {"target": 10_000}),
         (IndexError, r"no cell \(0, 9\): the recurrent layers are .* with heads 0 to 3", {"cell": (0, 9)}),
         (IndexError, r"no cell \(7, 0\)", {"cell": (7, 0)}),
-        (ValueError, "magnitude must be positive", {"magnitude": 0.0}),
-        (ValueError, "rounds must be positive", {"rounds": 0}),
+        (ValueError, "magnitude must be greater than 0", {"magnitude": 0.0}),
+        (ValueError, "rounds must be greater than 0", {"rounds": 0}),
     ],
 )
 def test_wrong_input_is_refused_before_anything_runs(error, words, changes, monkeypatch):
