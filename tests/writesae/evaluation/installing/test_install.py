@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hooked_recurrent import WriteEdit
 from tests.hooked_recurrent.models import HYBRID, RULES
 from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
-from writesae.evaluation.installing.install import InstallConfig, install
+from writesae.evaluation.installing.install import InstallConfig, _Trials, install
 from writesae.evaluation.installing.install_context import PLACES, Context, draw_targets, install_sites
 from writesae.evaluation.installing.install_directions import fixed_directions, random_directions
 from writesae.evaluation.installing.install_edits import Installs
@@ -174,6 +174,49 @@ def test_refinement_keeps_norms_and_never_falls(rule):
 
 
 @over_rules
+def test_cells_written_together_are_one_trial(rule):
+    model, _, _, context = opened(rule)
+    targets, pair = torch.tensor([3, 11]), ((0, 1), CELL)
+    cells = pair * 2
+    norms = torch.stack([context.native_norms(layer)[:, head] for layer, head in cells]) * 2.0
+    start = slope(model, context, targets, [], GREEDY, [0, LAYER])
+    first = steepest(cells, at_cells(start.writes, cells, 2), norms, "native", 2)
+    assert len(first) == 2 and torch.allclose(first.norms, norms)
+    alone = [
+        steepest((one,) * 2, at_cells(start.writes, (one,) * 2), norms[i::2], "native") for i, one in enumerate(pair)
+    ]
+    batched = [edit for one in alone for edit in one.batched(context.first, "in_recurrence")]
+    expected = slope(model, context, targets, batched, GREEDY, [LAYER]).value
+    found = slope(model, context, targets, first.batched(context.first, "in_recurrence"), GREEDY, [LAYER]).value
+    assert torch.allclose(found, expected)
+    reached, value = refine(model, context, targets, first, norms, GREEDY, 4)
+    assert torch.allclose(reached.norms, norms)
+    assert (value > found).all()
+    measured = measure(model, context, reached.single(context.first, "in_recurrence"), targets)
+    for trial, target in enumerate(targets.tolist()):
+        plain = [
+            WriteEdit(*cells[row], 7 + place, "add", reached.key[row, place], reached.value[row, place])
+            for row in (2 * trial, 2 * trial + 1)
+            for place in range(PLACES)
+        ]
+        with torch.no_grad():
+            after = model.run_with_hooks(context.text[:, :-1], edits=plain)[0, 9:].log_softmax(-1)
+        assert measured["logprob"][trial].item() == pytest.approx(after[0, target].item(), abs=1e-10)
+    split = steepest(cells, at_cells(start.writes, cells, 2), norms, "singular", 2)
+    assert torch.allclose(split.total_norms, first.total_norms)
+
+
+def test_a_spread_norm_is_that_of_one_cell():
+    model, _, tokens, context = opened("rwkv7")
+    targets = draw_targets(context, tokens, per_stratum=1, middle=(5, 15), seed=0)
+    cells = ((0, 1), CELL, (0, 0), (0, 2)) * len(targets)
+    trials = _Trials.of(context, targets, cells, (1.5, 6.0))
+    native = torch.stack([context.native_norms(layer)[:, head] for layer, head in trials.cells])
+    times = (trials.norms / native).view(2 * len(targets), 4, PLACES).norm(dim=1)
+    assert torch.allclose(times, trials.magnitude[:, None].expand(-1, PLACES))
+
+
+@over_rules
 def test_promise_is_the_steepest_derivative_at_the_native_norm(rule):
     model, _, _, context = opened(rule)
     here = slope(model, context, torch.tensor([3]), [], GREEDY, model.cfg.recurrent_layers)
@@ -319,14 +362,14 @@ def test_result_pairs_trials_and_goes_through_json(tmp_path):
     again = InstallResult.from_json(result.to_json(tmp_path / "install.json"))
     assert isinstance(again, InstallResult)
     rows = result.summary(n_resamples=50)
-    assert len(rows) == (11 + 10) * (4 + 1) * (2 + 1)
+    assert len(rows) == (11 + 10 + 10) * (4 + 1) * (2 + 1)
     whole = next(row for row in rows if row["condition"] == "lambda_refined" and row["stratum"] is None)
     part = result.table[(result.table["condition"] == "lambda_refined") & (result.table["cell"] == whole["cell"])]
     part = part[part["magnitude"] == whole["magnitude"]]
     assert whole["inclusion"] == part["included"].mean()
     native = result.table[result.table["condition"] == "native"]
     assert whole["over_native"] == pytest.approx(part["included"].mean() - native["included"].mean())
-    assert len(result.figure().axes) == 2
+    assert len(result.figure().axes) == 3
     with pytest.raises(KeyError, match="no condition 'nobody'"):
         result.advantage("lambda", "nobody", cell="auto")
     with pytest.raises(KeyError, match="no trial with cell"):
@@ -341,7 +384,9 @@ def test_same_seed_same_table_whatever_else_runs():
         ).table
         for changed in ({}, {"cells": ("given",), "steering": False})
     )
-    shared = both[(both["cell"] != "auto") & ~both["condition"].str.startswith("steering")].reset_index(drop=True)
+    shared = both[both["cell"].isin(["given", "any"]) & ~both["condition"].str.startswith("steering")].reset_index(
+        drop=True
+    )
     assert len(shared) == len(alone)
     for column in ("target", "condition", "included", "norm"):
         assert shared[column].equals(alone[column]) or np.allclose(shared[column], alone[column], atol=1e-9)
