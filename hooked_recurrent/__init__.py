@@ -2,7 +2,7 @@
 
 from hooked_recurrent.cache import RecurrentCache
 from hooked_recurrent.config import AttentionConfig, MixerConfig, ModelConfig
-from hooked_recurrent.edits import ActivationEdit, StateEdit, WriteEdit, load_edits, save_edits
+from hooked_recurrent.edits import ActivationEdit, Edits, StateEdit, WriteEdit, load_edits, save_edits
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.hooks import reads_only
 from hooked_recurrent.mixers.delta_net import DeltaNetConfig
@@ -19,6 +19,7 @@ __all__ = [
     "ActivationEdit",
     "AttentionConfig",
     "DeltaNetConfig",
+    "Edits",
     "Factors",
     "GatedDeltaNetConfig",
     "GatedLinearAttentionConfig",

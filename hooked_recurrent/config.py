@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from hooked_recurrent.display.lines import OneLine, config_html
+
 ATTENTION = "attention"
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "channel_mix")
@@ -38,6 +40,10 @@ class StrictConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, ready for JSON."""
         return asdict(self)  # type: ignore[call-overload]
+
+    def _repr_html_(self) -> str:
+        """A row per field; what is at its default stands behind a click."""
+        return config_html(self)
 
 
 def require_positive(owner: str, **values: int | float) -> None:
@@ -88,8 +94,8 @@ class AttentionConfig(StrictConfig):
             raise ValueError(f"rotary_dims must be even and at most d_head={self.d_head}, got {self.rotary_dims}")
 
 
-@dataclass(frozen=True)
-class ModelConfig(StrictConfig):
+@dataclass(frozen=True, repr=False)
+class ModelConfig(StrictConfig, OneLine):
     """A whole language model: residual stream, layer kinds, mixer and MLP sizes."""
 
     d_model: int

@@ -24,6 +24,7 @@ from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.compat.directions import DirectionsMixin, TiedUnembed
 from hooked_recurrent.compat.names import first_name, unknown_hook
 from hooked_recurrent.config import ModelConfig
+from hooked_recurrent.display.model import ShownModel
 from hooked_recurrent.edits import Edit, attached
 from hooked_recurrent.factors import picked, state_dtype
 from hooked_recurrent.generation import GenerationMixin
@@ -39,7 +40,7 @@ RETURN_TYPES = ("logits", "loss", "both", None)
 INIT_STD = 0.02
 
 
-class HookedRecurrentModel(TextMixin, GenerationMixin, CachingMixin, DirectionsMixin, HookedRootModule):
+class HookedRecurrentModel(ShownModel, TextMixin, GenerationMixin, CachingMixin, DirectionsMixin, HookedRootModule):
     """A recurrent language model, every rank-1 write of which can be seen and changed. See the module docstring."""
 
     def __init__(self, cfg: ModelConfig, tokenizer: Any = None):

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hooked_recurrent.display import OneLine
+from hooked_recurrent.display.figures import matrix_map
+from hooked_recurrent.display.model import state_html
 from hooked_recurrent.files import save_tensors
+
+if TYPE_CHECKING:  # importing hooked_recurrent does not load matplotlib
+    from matplotlib.figure import Figure
 
 FORMAT = "hooked_recurrent.state.v1"
 
@@ -48,6 +54,14 @@ class LayerState(OneLine):
     def map(self, change) -> "LayerState":
         """A copy with `change` applied to every tensor that is present."""
         return LayerState(**{name: change(value) for name, value in self.tensors().items()})
+
+    def figure(self, head: int, *, row: int = 0, title: str = "") -> "Figure":
+        """The matrix memory of one head as a heat map; `ValueError` for a layer without one."""
+        if self.matrix is None:
+            raise ValueError("this layer has no matrix memory to draw")
+        if not 0 <= head < self.matrix.shape[1]:
+            raise IndexError(f"head {head} is out of range: the layer has heads 0 to {self.matrix.shape[1] - 1}")
+        return matrix_map(self.matrix[:, head], row=row, title=title or f"head {head}: the state")
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""
@@ -121,6 +135,16 @@ class RecurrentState:
         kinds = Counter(map(repr, self.layers))
         layers = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         return f"RecurrentState(position={self.position}, batch_size={self.batch_size}, layers: {layers})"
+
+    def figure(self, layer: int, head: int, *, row: int = 0) -> "Figure":
+        """The matrix memory of one head as a heat map: key channels down, value channels across."""
+        if not 0 <= layer < len(self.layers):
+            raise IndexError(f"layer {layer} is out of range: the state has {len(self.layers)} layers")
+        return self.layers[layer].figure(head, row=row, title=f"layer {layer}, head {head}: the state")
+
+    def _repr_html_(self) -> str:
+        """A row per layer: what it holds, and how large its matrices are."""
+        return state_html(self)
 
     @staticmethod
     def stack(states: list["RecurrentState"]) -> "RecurrentState":

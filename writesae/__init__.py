@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hooked_recurrent import __version__ as __version__
     from writesae.config import TrainConfig, WriteSAEConfig
-    from writesae.sae import Codes, Factored, LossOutput, Matrices, Samples, Vectors, WriteSAE
+    from writesae.sae import Codes, Factored, LossOutput, Matrices, Samples, Vectors, WriteSAE, atoms_html
     from writesae.stream import ActivationStore, ActivationStream, Passages, Source, passages
     from writesae.training import Job, TrainResult, fit, train, train_many
 
@@ -29,6 +29,7 @@ __all__ = [
     "Vectors",
     "WriteSAE",
     "WriteSAEConfig",
+    "atoms_html",
     "fit",
     "passages",
     "train",
@@ -38,7 +39,9 @@ __all__ = [
 _HOMES = {
     "__version__": "hooked_recurrent",
     **dict.fromkeys(["TrainConfig", "WriteSAEConfig"], "writesae.config"),
-    **dict.fromkeys(["Codes", "Factored", "LossOutput", "Matrices", "Samples", "Vectors", "WriteSAE"], "writesae.sae"),
+    **dict.fromkeys(
+        ["Codes", "Factored", "LossOutput", "Matrices", "Samples", "Vectors", "WriteSAE", "atoms_html"], "writesae.sae"
+    ),
     **dict.fromkeys(["ActivationStore", "ActivationStream", "Passages", "Source", "passages"], "writesae.stream"),
     **dict.fromkeys(["Job", "TrainResult", "fit", "train", "train_many"], "writesae.training"),
 }

@@ -20,6 +20,7 @@ import torch
 
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.zoo.corpus import standard_library
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.evaluation.cells import most_effective, survey
@@ -72,8 +73,8 @@ class DemoConfig(StrictConfig):
         require_positive("DemoConfig", firings=self.firings, survey_passages=self.survey_passages)
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, repr=False)
+class DemoResult(OneLine):
     """What the demo made."""
 
     cells: pd.DataFrame

@@ -14,6 +14,7 @@ from hooked_recurrent.cache.saving import Index, Kept, missing
 from hooked_recurrent.cache.write_gradients import WriteGradientMixin
 from hooked_recurrent.compat.slices import as_slice
 from hooked_recurrent.display import brief
+from hooked_recurrent.display.model import cache_html
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.scan.edited import edited_scan
 from hooked_recurrent.state import RecurrentState
@@ -163,6 +164,17 @@ class RecurrentCache(WriteGradientMixin, ResidualTools, ActivationCache):
         held = ", ".join(self.keys()) if 0 < len(self) <= 3 else f"{len(self)} activations"
         batch = f"batch {self._batch_size()}" if self.has_batch_dim else "no batch axis"
         return f"RecurrentCache({held}; {batch}, positions {brief(self.positions)}, heads {brief(self.heads)})"
+
+    def _repr_html_(self) -> str:
+        """A row per kind of activation: layers, shape, size; above them what the run was."""
+        facts = {
+            "texts": self._batch_size() if self.has_batch_dim else "one, without a batch axis",
+            "positions": brief(self.positions),
+            "heads": brief(self.heads),
+            "went on from": None if self.initial_state is None else f"position {self.initial_state.position}",
+            "edits of states": len(self._state_edits) or None,
+        }
+        return cache_html(self.cache_dict, facts)
 
     def _role(self, name: str) -> Tensor:
         if name not in self.cache_dict:

@@ -5,7 +5,7 @@ line, and kept in files by `save_edits` and `load_edits`.
 """
 
 from hooked_recurrent.edits.activation import ActivationEdit, ActivationOp, attached
-from hooked_recurrent.edits.base import Edit, Rows, Stage
+from hooked_recurrent.edits.base import Edit, Edits, Rows, Stage
 from hooked_recurrent.edits.memory import MemoryEdit, Moment, Op, Reading
 from hooked_recurrent.edits.positions import Position
 from hooked_recurrent.edits.saved import load_edits, save_edits
@@ -16,6 +16,7 @@ __all__ = [
     "ActivationEdit",
     "ActivationOp",
     "Edit",
+    "Edits",
     "Form",
     "MemoryEdit",
     "Moment",

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, Field, fields
@@ -12,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import hooked_recurrent.edits.positions as places
+from hooked_recurrent.display.html import card, table
 from hooked_recurrent.edits.positions import Position
 
 Rows = int | Int[Tensor, "rows"] | None
@@ -158,14 +160,36 @@ class Edit(ABC):
     def __hash__(self) -> int:
         return hash((type(self), *(_key(getattr(self, f.name)) for f in fields(self))))  # type: ignore[arg-type]
 
+    def told(self) -> dict[str, str]:
+        """Every field in words: tensors by dtype, shape and norm; what is left at its default is left out, but for op."""
+        return {
+            f.name: _short(getattr(self, f.name))
+            for f in fields(self)
+            if f.name == "op" or f.default is MISSING or not _same(getattr(self, f.name), f.default)
+        }
+
     def __repr__(self) -> str:
-        """One line: tensors by dtype, shape and norm; what is left at its default is left out, but for op."""
-        shown = []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "op" or f.default is MISSING or not _same(value, f.default):
-                shown.append(f"{f.name}={_short(value)}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        """One line: `told`."""
+        return f"{type(self).__name__}({', '.join(f'{name}={words}' for name, words in self.told().items())})"
+
+    def _repr_html_(self) -> str:
+        """A row with a column per field of `told`."""
+        return card(type(self).__name__, parts=[table([self.told()])])
+
+
+class Edits(list):
+    """A list of edits that shows itself: a count in a terminal, a table in a notebook. Any list of edits will do elsewhere."""
+
+    def __repr__(self) -> str:
+        """One line: how many of which kind."""
+        kinds = Counter(type(edit).__name__ for edit in self)
+        return f"Edits({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
+
+    def _repr_html_(self) -> str:
+        """A row per edit."""
+        return card(
+            f"{len(self)} edits", parts=[table([{"edit": type(edit).__name__, **edit.told()} for edit in self])]
+        )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hooked_recurrent.edits.activation import ActivationEdit
-from hooked_recurrent.edits.base import Edit
+from hooked_recurrent.edits.base import Edit, Edits
 from hooked_recurrent.edits.state import StateEdit
 from hooked_recurrent.edits.write import WriteEdit
 from hooked_recurrent.files import save_tensors
@@ -47,7 +47,7 @@ def save_edits(path: str | Path, edits: Iterable[Edit]) -> Path:
     return save_tensors(Path(path), tensors, {"edits": json.dumps({"format": FORMAT, "edits": described})})
 
 
-def load_edits(path: str | Path, device: str | torch.device = "cpu") -> list[Edit]:
+def load_edits(path: str | Path, device: str | torch.device = "cpu") -> Edits:
     """The edits of a file that `save_edits` wrote, in their order.
 
     Raises:
@@ -66,7 +66,7 @@ def load_edits(path: str | Path, device: str | torch.device = "cpu") -> list[Edi
     edits = [_edit(path, index, entry, tensors) for index, entry in enumerate(described)]
     if tensors:
         raise ValueError(f"{path} holds a tensor {min(tensors)!r} that belongs to none of its {len(edits)} edits")
-    return edits
+    return Edits(edits)
 
 
 def _edit(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Edit:

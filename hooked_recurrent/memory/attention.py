@@ -11,6 +11,7 @@ attention matrix of Dao and Gu 2024 (arXiv:2405.21060); Ali et al. 2024 (arXiv:2
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,10 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_recurrent.display import OneLine
+from hooked_recurrent.display.figures import chosen_head
 from hooked_recurrent.factors import Factors, Read, State
 from hooked_recurrent.memory.source import Indices, Source, one_hot_writes, open_memory
 from hooked_recurrent.memory.tables import long_table
 from hooked_recurrent.scan.dispatch import scan
+
+if TYPE_CHECKING:  # a look at numbers does not load matplotlib
+    from matplotlib.figure import Figure
 
 # Writes that are followed at once. Earlier reads see nothing of a block, so blocks save up to half of the work.
 BLOCK = 256
@@ -56,6 +61,12 @@ class EffectiveAttention(OneLine):
         coefficient, value = self._by_term()
         length = value.to(coefficient.dtype).norm(dim=-1).transpose(1, 2)[:, :, None]
         return (coefficient.abs() * length).view(self.coefficient.shape)
+
+    def figure(self, head: int | None = None, **options: Any) -> "Figure":
+        """A heat map of one head, the first by default; options are those of `plots.attention_map`."""
+        from hooked_recurrent.memory.plots import attention_map
+
+        return attention_map(self, chosen_head(self.heads, head), **options)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per batch row, head, query_pos and write_pos <= query_pos (and term): coefficient, contribution_norm."""

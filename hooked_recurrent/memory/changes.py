@@ -11,6 +11,7 @@ All y come from one scan: y_{t+1} is what a query equal to the NEXT position's p
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -22,6 +23,9 @@ from hooked_recurrent.factors import Before, Factors, state_dtype
 from hooked_recurrent.memory.source import Indices, Source, open_memory
 from hooked_recurrent.memory.tables import long_table
 from hooked_recurrent.scan.dispatch import scan
+
+if TYPE_CHECKING:  # a look at numbers does not load matplotlib
+    from matplotlib.figure import Figure
 
 # An erase counts as lying along the write key where it leaves it by no more than so many roundings of its own dtype.
 ROUNDINGS = 8
@@ -86,6 +90,12 @@ class Changes(OneLine):
         numbers = Factors(2 * exact.log_decay, ones, added[..., None], ones)
         norms, _ = scan(numbers, start, backend="chunked", want_state=False)
         return norms[..., 0].clamp_min(0)
+
+    def figure(self, **options: Any) -> "Figure":
+        """The size of every token's net write; options are those of `plots.write_sizes`."""
+        from hooked_recurrent.memory.plots import write_sizes
+
+        return write_sizes(self, **options)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per batch row, pos and head: size, the Frobenius norm of what the token added."""

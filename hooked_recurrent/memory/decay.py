@@ -6,6 +6,7 @@ held. The erase is not in this number: `retention` measures what the two togethe
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,9 @@ from torch import Tensor
 from hooked_recurrent.display import OneLine
 from hooked_recurrent.factors import Factors
 from hooked_recurrent.memory.source import Indices, Source, kept_role, open_memory
+
+if TYPE_CHECKING:  # a look at numbers does not load matplotlib
+    from matplotlib.figure import Figure
 
 COLUMNS = ("lower_quartile", "median", "upper_quartile", "of_mean_log_decay")
 
@@ -48,6 +52,12 @@ class HalfLives(OneLine):
     def quartiles(self) -> Float[np.ndarray, "four head *d_k"]:
         """Per head (and channel) over all tokens: lower quartile, median, upper quartile, and that of the mean log-decay."""
         return half_life_quartiles(self.log_decay.detach().double().flatten(0, 1).cpu().numpy())
+
+    def figure(self, *more: "HalfLives") -> "Figure":
+        """The half-lives of every head, and below them those of further layers: `plots.half_life_strip`."""
+        from hooked_recurrent.memory.plots import half_life_strip
+
+        return half_life_strip(self, *more)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per head, or per head and channel, in tokens: the four numbers of `quartiles`."""

@@ -5,6 +5,7 @@ positions, for instance `model.to_str_tokens(text)`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hooked_recurrent.cache import RecurrentCache
+from hooked_recurrent.display.figures import label, matrix_map
 from hooked_recurrent.memory.attention import EffectiveAttention
+from hooked_recurrent.memory.changes import Changes
 from hooked_recurrent.memory.decay import HalfLives
 from hooked_recurrent.memory.remains import Retention
 from hooked_recurrent.memory.spectra import Spectrum
@@ -143,6 +147,70 @@ def half_life_strip(*lives: HalfLives) -> Figure:
     return figure
 
 
+def decay_over_time(lives: HalfLives, *, row: int = 0, tokens: Sequence[str] | None = None) -> Figure:
+    """How much of the memory each token's decay leaves, a line per head, from 0 (nothing) to 1 (all); channels as their mean.
+
+    Args:
+        lives: what `half_life` gave.
+        row: which row of the batch.
+        tokens: a label for every position.
+    """
+    left = lives.log_decay.exp() if lives.log_decay.ndim == 3 else lives.log_decay.exp().mean(-1)
+    return _per_head(
+        left,
+        lives.heads,
+        row,
+        tokens,
+        ylabel="left of the memory",
+        ylim=(0, 1.02),
+        title=_of(lives.layer, "what decay leaves"),
+    )
+
+
+def write_sizes(found: Changes, *, row: int = 0, tokens: Sequence[str] | None = None) -> Figure:
+    """The size (Frobenius norm) of every token's net write, a line per head.
+
+    Args:
+        found: what `changes` gave.
+        row: which row of the batch.
+        tokens: a label for every position.
+    """
+    sizes = found.squared_size().sqrt()
+    return _per_head(
+        sizes, found.heads, row, tokens, ylabel="size of the net write", title="what every token adds to the memory"
+    )
+
+
+def write_map(cache: RecurrentCache, layer: int, head: int, position: int, *, row: int = 0) -> Figure:
+    """One write as a heat map, its key down the left side and its value along the foot; position is one of `cache.write`."""
+    title = f"layer {layer}, head {head}: the write at {cache.positions[position]}"
+    return matrix_map(cache.write(layer, head, position), row=row, title=title)
+
+
+def state_map(cache: RecurrentCache, layer: int, head: int, position: int, *, row: int = 0) -> Figure:
+    """The state after one write as a heat map; position is one of `cache.state`."""
+    title = f"layer {layer}, head {head}: the state after {cache.positions[position]}"
+    return matrix_map(cache.state(layer, head, position), row=row, title=title)
+
+
+def _of(layer: int | None, words: str) -> str:
+    return words if layer is None else f"layer {layer}: {words}"
+
+
+def _per_head(values: Tensor, heads: tuple[int, ...], row: int, tokens: Sequence[str] | None, **words: Any) -> Figure:
+    """A line per head over positions; values are [batch, pos, head]."""
+    by_head = values.movedim(2, 1)
+    figure, (axes,) = _figure(1, 6.4, 3.2)
+    for index, head in enumerate(heads):
+        shown = _pick(by_head, heads, head, row)
+        axes.plot(shown, color=_colour(index, len(heads)), label=f"head {head}", marker="." if len(shown) == 1 else "")
+    axes.set(xlabel="position", **words)
+    if len(heads) <= 12:
+        _legend(axes)
+    _label(axes, "x", range(by_head.shape[2]), tokens, by_head.shape[2])
+    return figure
+
+
 def _by_head(life: HalfLives) -> list[tuple[int, np.ndarray]]:
     """Per head its four numbers, [4, channel] (one channel where the head decays as a whole)."""
     numbers = life.quartiles()
@@ -176,7 +244,7 @@ def _names(positions: Sequence[int], tokens: Sequence[str] | None, length: int |
     if len(tokens) <= max(positions) or (length is not None and len(tokens) != length):
         expected = f"more than {max(positions)}" if length is None else length
         raise ValueError(f"tokens must label every position: got {len(tokens)} labels, expected {expected}")
-    return [tokens[position].replace("\n", "\\n").replace("\t", "\\t") for position in positions]
+    return [label(tokens[position]) for position in positions]
 
 
 def _label(
@@ -189,8 +257,8 @@ def _label(
     stride = -(-len(names) // MOST_LABELS)
     axis = axes.xaxis if side == "x" else axes.yaxis
     axis.set_ticks(list(positions)[::stride], names[::stride], rotation=90 if side == "x" else 0, fontsize=7)
-    for label in axis.get_ticklabels():
-        label.set_parse_math(False)
+    for tick in axis.get_ticklabels():
+        tick.set_parse_math(False)
 
 
 def _legend(axes: Axes, title: str | None = None) -> None:

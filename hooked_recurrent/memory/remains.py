@@ -5,6 +5,7 @@ key shorter; an erase, or a decay of every channel at its own rate, turns it too
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_recurrent.display import OneLine
+from hooked_recurrent.display.figures import chosen_head
 from hooked_recurrent.memory.source import Indices, Source, indices, one_hot_writes, open_memory
 from hooked_recurrent.memory.tables import long_table
 from hooked_recurrent.scan.step import step_scan
+
+if TYPE_CHECKING:  # a look at numbers does not load matplotlib
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,6 +35,12 @@ class Retention(OneLine):
     """|T(t<-s) k_s| / |k_s|: 1 at the write itself, 0 before it (and for a write without a key)."""
     cosine: Float[Tensor, "batch head pos write_pos *term"]
     """Cosine between T(t<-s) k_s and k_s; 0 before the write, and where nothing is left of it."""
+
+    def figure(self, head: int | None = None, **options: Any) -> "Figure":
+        """Curves of one head, the first by default; options are those of `plots.retention_curves`."""
+        from hooked_recurrent.memory.plots import retention_curves
+
+        return retention_curves(self, chosen_head(self.heads, head), **options)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per batch row, head, pos and write_pos <= pos (and term): remaining, cosine."""

@@ -1,6 +1,7 @@
 """How full a memory is: the singular values of the state over time, and the ranks that they amount to."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -8,10 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_recurrent.display import OneLine
+from hooked_recurrent.display.figures import chosen_head
 from hooked_recurrent.factors import State
 from hooked_recurrent.memory.source import Indices, Source, indices, open_memory
 from hooked_recurrent.memory.tables import long_table
 from hooked_recurrent.scan.dispatch import scan
+
+if TYPE_CHECKING:  # a look at numbers does not load matplotlib
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,6 +53,12 @@ class Spectrum(OneLine):
         """Squared Frobenius norm over the squared largest singular value (Rudelson and Vershynin 2007): 1 to the rank."""
         largest = self.singular_values[..., :1]
         return ((self.singular_values / largest.where(largest > 0, 1.0)) ** 2).sum(dim=-1)
+
+    def figure(self, head: int | None = None, **options: Any) -> "Figure":
+        """Spectrum and ranks of one head, the first by default; options are those of `plots.spectrum_over_time`."""
+        from hooked_recurrent.memory.plots import spectrum_over_time
+
+        return spectrum_over_time(self, chosen_head(self.heads, head), **options)
 
     def to_dataframe(self) -> pd.DataFrame:
         """A row per batch row, head and pos: norm, effective_rank (power 2), roy_vetterli_rank (power 1), stable_rank."""

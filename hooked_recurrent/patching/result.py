@@ -14,10 +14,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hooked_recurrent.display import brief
+from hooked_recurrent.display.html import card, table
 from hooked_recurrent.files import write_text
 from hooked_recurrent.patching.plots import heat_map
 
 FORMAT = "hooked_recurrent.sweep.v1"
+# The largest effects that a notebook shows.
+SHOWN = 10
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,6 +136,20 @@ class Sweep:
         """One number per row, in a shape that broadcasts to the axes."""
         shape = [len(along) if name == "row" else 1 for name, along in self.axes.items()]
         return torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+
+    def _repr_html_(self) -> str:
+        """What was done, the unchanged runs, and the places with the largest effects."""
+        metrics = {"metric unchanged": self.baseline, "metric of the target run": self.target}
+        facts = {
+            "site": self.site,
+            "runs": self.values.numel(),
+            "axes": ", ".join(f"{name} {len(along)}" for name, along in self.axes.items()),
+            **{name: brief(tuple(round(one, 4) for one in along)) for name, along in metrics.items() if along},
+            **{name: brief(value) for name, value in self.settings.items()},
+        }
+        rows = self.to_dataframe()
+        largest = rows.reindex(rows["effect"].abs().sort_values(ascending=False, kind="stable").index[:SHOWN])
+        return card("Sweep", facts, [table(largest.to_dict("records"))], note=f"{self.kind}; largest effects first")
 
     def __repr__(self) -> str:
         """One line: what was done, the axes with their sizes, and the metric of the unchanged runs."""

@@ -21,6 +21,8 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+from hooked_recurrent.display import OneLine
+
 SPLITS = ("train", "heldout")
 HELDOUT_ONE_IN = 10
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
@@ -36,8 +38,8 @@ EXCLUDED_PARTS = (
 )
 
 
-@dataclass(frozen=True)
-class SourceFile:
+@dataclass(frozen=True, repr=False)
+class SourceFile(OneLine):
     """One file: its POSIX name relative to the library folder and its text (newlines as `\\n`)."""
 
     name: str
@@ -49,8 +51,8 @@ class SourceFile:
         return len(self.text.encode("utf-8"))
 
 
-@dataclass(frozen=True)
-class Corpus:
+@dataclass(frozen=True, repr=False)
+class Corpus(OneLine):
     """Everything found under one folder: the readable files in name order, and the names that did not decode."""
 
     files: tuple[SourceFile, ...]

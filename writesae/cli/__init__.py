@@ -20,6 +20,8 @@ writesae models      the models that ship with the package
 writesae partition   which atoms look like one native write, and whether there are two kinds
 writesae perplexity  what reconstructed memories cost the text that follows
 writesae selectivity the paper's selectivity, and why it says little
+writesae report      one page with every atom of a dictionary, to open in any browser
+writesae view        the same page with a live prompt box, on this machine
 writesae convert     turn a .pt file of the paper's code into a dictionary of this package
 """
 
@@ -38,11 +40,13 @@ from writesae.cli import (
     population,
     readers,
     replace,
+    report,
     reproduce,
     selectivity,
     sign_test,
     steer,
     train,
+    view,
 )
 from writesae.cli.base import app
 
@@ -62,9 +66,11 @@ __all__ = [
     "population",
     "readers",
     "replace",
+    "report",
     "reproduce",
     "selectivity",
     "sign_test",
     "steer",
     "train",
+    "view",
 ]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 app = typer.Typer(
@@ -27,6 +28,8 @@ STAGES = {
     "readers": "deleting writes",
     "steer": "steering",
     "dictionaries": "dictionaries",
+    "codes": "reading codes",
+    "readout": "predicting tokens",
 }
 
 Model = Annotated[
@@ -76,7 +79,7 @@ def plain_errors() -> Iterator[None]:
         yield
     except (ValueError, KeyError, IndexError, OSError, TypeError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        log.print(f"[red]error:[/red] {message}", highlight=False, markup=True)
+        log.print(f"[red]error:[/red] {escape(str(message))}", highlight=False, markup=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as stop:
         log.print(str(stop) or "interrupted", highlight=False)

@@ -47,6 +47,8 @@ class Study:
     """Its head."""
     about: dict
     """The record that every result keeps: model, dictionary, text."""
+    files: tuple[str, ...] = ()
+    """Per passage the name of its file."""
 
     def run(self, experiment: "Callable[..., Result]", config: object, stage: str, **more: Any) -> "Result":
         """An experiment on all of this, with a live bar of that name."""
@@ -83,7 +85,7 @@ def open_study(
     files = standard_library("heldout") if text is None else text_folder(text, "heldout")
     held = cut(files, loaded, length, split="heldout", max_passages=passages, seed=seed)
     about = {"model": loaded.cfg.model_name, "sae": str(sae), "provenance": origin, "text": held.record()}
-    return Study(loaded, dictionary, held.tokens, origin["layer"], origin["head"], about)
+    return Study(loaded, dictionary, held.tokens, origin["layer"], origin["head"], about, held.files)
 
 
 def show(result: "Result", study: Study, out: Path | None, as_json: bool) -> None:

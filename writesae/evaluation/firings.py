@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
+from hooked_recurrent.display import OneLine
 from writesae.evaluation.low_rank import LowRank
 from writesae.sae.codes import Codes
 from writesae.sae.samples import Factored, Matrices, Samples
@@ -21,8 +22,8 @@ from writesae.sae.write_sae import WriteSAE
 from writesae.stream.sources import STATE, Record, Source, collect, with_terms
 
 
-@dataclass(frozen=True)
-class CellWrites:
+@dataclass(frozen=True, repr=False)
+class CellWrites(OneLine):
     """The native writes of one cell (layer, head) over passages, with the code of each token."""
 
     key: Float[Tensor, "passage pos d_k"]

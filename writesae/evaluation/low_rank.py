@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 
-@dataclass(frozen=True)
-class LowRank:
+
+@dataclass(frozen=True, repr=False)
+class LowRank(OneLine):
     """A matrix sum_m key_m value_m^T, kept as its factors."""
 
     key: Float[Tensor, "term d_k"]

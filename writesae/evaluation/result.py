@@ -9,10 +9,13 @@ from typing import Any, ClassVar
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hooked_recurrent.display import OneLine
+from hooked_recurrent.display import OneLine, brief
+from hooked_recurrent.display.html import card, details, render, table
 from hooked_recurrent.files import plain, write_text
 
 FORMAT = "writesae.result.v1"
+# Measurements that a notebook shows.
+ROWS_SHOWN = 5
 
 Told = Callable[[int, int], None]
 """Told (how much is done, how much there is)."""
@@ -51,6 +54,30 @@ class Result(OneLine):
     def figure(self) -> Figure:
         """A picture of the summary."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """One line: the experiment, its cell, and how much was measured."""
+        return f"{type(self).__name__}({self._cell()}, {len(self.table):,} measurements)"
+
+    def _cell(self) -> str:
+        """The cell in words; results of many cells hold -1 where they do not share one."""
+        return "several cells" if min(self.layer, self.head) < 0 else f"layer {self.layer}, head {self.head}"
+
+    def _repr_html_(self) -> str:
+        """The cell, the summary, and behind clicks the first measurements, the config and where all came from."""
+        try:
+            amounts = table(plain(self.summary()))
+        except (ValueError, KeyError, IndexError, ZeroDivisionError) as error:  # as where nothing fired
+            amounts = render("<div>{{ why }}</div>", why=f"no summary: {error}")
+        parts = [amounts]
+        first = plain(self.table.head(ROWS_SHOWN).to_dict("records"))
+        parts.append(details(f"the first of {len(self.table):,} measurements", table(first)))
+        for name, values in (("config", self.config), ("about", self.about)):
+            if values:
+                told = [{"name": str(key), "value": brief(value)} for key, value in values.items()]
+                parts.append(details(name, table(told, most=len(told))))
+        facts = {"cell": self._cell(), "measurements": len(self.table), "model": self.about.get("model")}
+        return card(type(self).__name__, facts, parts, note=f"{self.kind}; result.figure() draws it")
 
     def to_json(self, path: str | Path, records: bool = True) -> Path:
         """Write summary, config and (with `records`) the whole table, atomically; what is not finite is written as null."""

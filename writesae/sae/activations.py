@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hooked_recurrent.display import OneLine
 from writesae.config import WriteSAEConfig
 from writesae.parallel import World
 
@@ -49,8 +50,8 @@ def largest(scores: Float[Tensor, "batch n_atoms"], k: int) -> Int[Tensor, "batc
     return candidates.gather(1, scores.gather(1, candidates).topk(k, sorted=False).indices)
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, repr=False)
+class Choice(OneLine):
     """The atoms of every sample that may be active."""
 
     indices: Int[Tensor, "batch chosen"]

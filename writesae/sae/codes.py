@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 
-@dataclass(frozen=True)
-class Codes:
+
+@dataclass(frozen=True, repr=False)
+class Codes(OneLine):
     """At most k active atoms per sample. An entry whose value is 0 is not active, whatever its index says."""
 
     indices: Int[Tensor, "*batch k"]
@@ -32,6 +34,25 @@ class Codes:
         """The same code with a place for every atom: [.., n_atoms], zero where an atom is not active."""
         empty = torch.zeros(*self.values.shape[:-1], n_atoms, dtype=self.values.dtype, device=self.values.device)
         return empty.scatter_add(-1, self.indices, self.values)  # an entry that only fills its row must not overwrite
+
+    def of(self, atom: int) -> Float[Tensor, "*batch"]:
+        """The coefficient of one atom at every sample, 0 where it is silent."""
+        return torch.where(self.indices == atom, self.values, 0).sum(-1)
+
+    def busiest(self, count: int) -> list[int]:
+        """The atoms with the largest sums of coefficients over all samples, largest first; fewer where fewer fire."""
+        fired, places = self.indices[self.active].unique(return_inverse=True)
+        sums = torch.zeros(len(fired), dtype=self.values.dtype, device=self.values.device)
+        sums.scatter_add_(0, places, self.values[self.active].detach())
+        return fired[sums.argsort(descending=True, stable=True)[:count]].tolist()
+
+    def __getitem__(self, place: int | slice | tuple[int | slice, ...]) -> "Codes":
+        """The codes at some places of the leading axes: codes[passage], codes[passage, 3:9]."""
+        if len(place if isinstance(place, tuple) else (place,)) >= self.values.ndim:
+            raise IndexError(
+                f"codes of shape {tuple(self.values.shape)} have no place {place}: the last axis is that of k"
+            )
+        return Codes(self.indices[place], self.values[place])
 
     def detach(self) -> "Codes":
         """The same code without its history of gradients."""

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hooked_recurrent.display import OneLine
 from writesae.config import WriteSAEConfig
 from writesae.sae.atoms import DenseAtoms, OuterProductAtoms, sum_ranks, term_rows, with_leading_term
 from writesae.sae.factored import pairs_by_row, sum_outer_at
@@ -27,8 +28,8 @@ from writesae.sae.samples import Inner, Samples
 Decoder = OuterProductAtoms | DenseAtoms
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, repr=False)
+class Scores(OneLine):
     """What scoring the whole dictionary leaves behind; none of it carries a gradient."""
 
     scores: Float[Tensor, "sample n_atoms"]

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import writesae.sae.kernels as kernels
+from hooked_recurrent.display import OneLine
 from writesae.sae.factored import (
     bilinear_at,
     inner_with_sum,
@@ -31,8 +32,8 @@ Rows = Int[Tensor, " chosen"] | slice
 Sides = tuple[Float[Tensor, "row d_k"], Float[Tensor, "row d_v"]]
 
 
-@dataclass(frozen=True)
-class Inner:
+@dataclass(frozen=True, repr=False)
+class Inner(OneLine):
     """Inner products of all samples with all rows l_i r_i^T; none of it carries a gradient."""
 
     scores: Float[Tensor, "sample row"]
@@ -52,6 +53,11 @@ class Samples(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Number of matrices."""
+
+    def __repr__(self) -> str:
+        """One line: how many matrices of which shape, type and place."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}({len(self):,} matrices {self.d_k} x {self.d_v}, {dtype} on {self.device})"
 
     @property
     @abstractmethod

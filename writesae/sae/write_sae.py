@@ -25,20 +25,22 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 import writesae.sae.storage as storage
+from hooked_recurrent.display import OneLine
 from writesae.config import WriteSAEConfig
 from writesae.sae.activations import ACTIVATIONS, Choice
 from writesae.sae.atoms import DECODERS
 from writesae.sae.codes import Codes
 from writesae.sae.encoders import ENCODERS, Scores
 from writesae.sae.samples import Factored, Matrices, Samples
+from writesae.sae.shown import ShownSAE
 
 _SCORES_AT_ONCE = 1 << 24  # entries of one block of scores while encoding many samples: 64 MB of float32
 _AMPLITUDE_SAMPLES = 2048  # samples from which the encoder's first amplitude is fitted
 _MATRIX_AT_ONCE = 1 << 26  # entries of one block of half-contracted matrices on the dense path: 256 MB of float32
 
 
-@dataclass(frozen=True)
-class LossOutput:
+@dataclass(frozen=True, repr=False)
+class LossOutput(OneLine):
     """What one evaluation of the loss gives; raw units are those of the samples, scaled units those of the loss."""
 
     loss: Float[Tensor, ""]
@@ -57,7 +59,7 @@ class LossOutput:
     """Scores of the whole dictionary in scaled units, without gradient."""
 
 
-class WriteSAE(nn.Module):
+class WriteSAE(ShownSAE, nn.Module):
     """A dictionary of atoms over matrices [d_k, d_v]. See the module's docstring for the algebra.
 
     Buffers, all saved: `input_scale`, `input_variance` (variance of the calibration samples in scaled units),

@@ -93,6 +93,12 @@ class ActivationStream:
         self.cached = self.order.n_blocks == 1 or len(tokens) * self._bytes_per_passage() <= cache_bytes
         self._held: tuple[tuple[int, int], Records] | None = None
 
+    def __repr__(self) -> str:
+        """One line: what is read off which text."""
+        sources = ", ".join(str(source.hook) for source in self.sources)
+        passages, length = self.tokens.shape
+        return f"ActivationStream({sources} at {passages:,} passages of {length} tokens)"
+
     def n_samples(self, source: Source | None = None) -> int:
         """Samples of a source in one pass over the tokens; the same for all."""
         return self.order.n_passages * self.order.per_passage

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.zoo.corpus import SourceFile, fingerprint, split_of
 
 _CANDIDATES = 4  # passages cut for each that is kept, so that the kept ones come from many files
 
 
-@dataclass(frozen=True)
-class Passages:
+@dataclass(frozen=True, repr=False)
+class Passages(OneLine):
     """Token passages and where each comes from."""
 
     tokens: Int[Tensor, "passage length"]

@@ -61,6 +61,11 @@ class ActivationStore:
         self.sources = tuple(Source.from_dict(entry["source"]) for entry in manifest["sources"])
         self._about = {s: Described(**entry["is"]) for s, entry in zip(self.sources, manifest["sources"], strict=True)}
 
+    def __repr__(self) -> str:
+        """One line: how many passages of which sources, and where."""
+        sources = ", ".join(str(source.hook) for source in self.sources)
+        return f"ActivationStore({self.n_passages:,} passages of {sources} in {str(self.folder)!r})"
+
     # --- making one --------------------------------------------------------------------------------------------
 
     @classmethod

@@ -3,23 +3,31 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
+from markupsafe import Markup
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
+from hooked_recurrent.display.html import card, details, table
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.sae import WriteSAE
+from writesae.sae.shown import by_measure
 from writesae.stream.corpus import Passages
 from writesae.stream.sources import WRITE, Source
 from writesae.stream.sources import describe as describe_source
 from writesae.stream.store import model_fingerprint, tokens_fingerprint
 from writesae.training.trainer import Line
 
+if TYPE_CHECKING:  # training does not load matplotlib
+    from matplotlib.figure import Figure
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 Text = Int[Tensor, "passage pos"] | Passages
 Unseen = Int[Tensor, "heldout_passage heldout_pos"] | Passages
+# Lines of the log that a notebook shows.
+LINES_SHOWN = 5
 Metrics = dict[str, dict[str, int | float]]
 
 
@@ -39,7 +47,7 @@ class Job:
         return {"source": self.source.to_dict(), "sae": self.sae.to_dict()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
     """What training gives back."""
 
@@ -49,6 +57,26 @@ class TrainResult:
     """A line every `log_every` steps: step, loss, fvu, l0, aux, penalty, dead, resampled, lr, grad_norm, seconds."""
     metrics: Metrics = field(default_factory=dict)
     """Quality at the end, by text: "train", and "heldout" where held-out tokens were given."""
+
+    def figure(self) -> "Figure":
+        """The training curves: unexplained variance, active and dead atoms by step."""
+        from writesae.sae.plots import training_curves
+
+        return training_curves(self.log)
+
+    def __repr__(self) -> str:
+        """One line: the dictionary, how long it was trained, and how much it leaves unexplained."""
+        steps = f"{self.log[-1]['step']:,} steps" if self.log else "no log"
+        fvu = [f"fvu {numbers['fvu']:.4f} on {text}" for text, numbers in self.metrics.items() if "fvu" in numbers]
+        return f"TrainResult({self.sae!r}, {', '.join([steps, *fvu])})"
+
+    def _repr_html_(self) -> str:
+        """Quality by text, the end of the log, and the dictionary."""
+        parts = [table(by_measure(self.metrics))] if self.metrics else []
+        if self.log:
+            parts.append(details(f"the last of {len(self.log):,} lines of the log", table(self.log[-LINES_SHOWN:])))
+        parts.append(details("the dictionary", Markup(self.sae._repr_html_())))
+        return card("TrainResult", {"steps": self.log[-1]["step"] if self.log else None}, parts, note=repr(self.sae))
 
 
 def checked(jobs: Sequence[Job]) -> list[Job]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hooked_recurrent.patching import Sweep
+from tests.hooked_recurrent.display.reading import Reader, table_of
 
 
 def sweep_of(**axes):
@@ -88,3 +89,15 @@ def test_files_come_back_bit_for_bit(tmp_path):
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(ValueError, match=words):
             Sweep.load(tmp_path / "broken.json")
+
+
+def test_a_notebook_shows_the_largest_effects():
+    sweep = sweep_of(layer=[0, 2], head=[1], position=range(9))
+    rows = table_of(sweep._repr_html_())
+    effects = sweep.effect().flatten()
+    order = effects.abs().sort(descending=True).indices[:10]
+    assert [float(row["effect"]) for row in rows] == pytest.approx(effects[order].tolist(), rel=1e-3)
+    places = [(int(row["layer"]), int(row["position"])) for row in rows]
+    assert places == [([0, 2][int(place) // 9], int(place) % 9) for place in order]
+    text = Reader(sweep._repr_html_()).text
+    assert "clean z in the corrupted run" in text and "layer 2, head 1, position 9" in text and "(2.5,)" in text

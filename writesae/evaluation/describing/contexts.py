@@ -1,19 +1,19 @@
 """The texts in which an atom fires most strongly, with its coefficient at every token around."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
+from hooked_recurrent.display import Stack, stack, tokens_html
 from writesae.evaluation.firings import CellWrites
 
 
 def atom_coefficients(writes: CellWrites, atom: int) -> Tensor:
     """The atom's coefficient at every token, [passage, pos]; 0 where it is silent."""
-    codes = writes.codes
-    return torch.where(codes.indices == atom, codes.values, 0).sum(-1)
+    return writes.codes.of(atom)
 
 
 def top_contexts(
@@ -51,3 +51,20 @@ def top_contexts(
             }
         )
     return contexts
+
+
+def contexts_html(contexts: Sequence[Mapping[str, Any]], title: str = "") -> Stack:
+    """What `top_contexts` gave, one text below the other, shaded on one scale; the firing token is framed."""
+    scale = max((float(max(context["weights"])) for context in contexts), default=0.0)
+    views = [
+        tokens_html(
+            context["tokens"],
+            context["weights"],
+            names=[f"{context['file']}, token {context['position']}: {context['coefficient']:.4g}"],
+            scale=scale if scale > 0 else None,
+            first=context["position"] - context["firing_index"],
+            mark=context["firing_index"],
+        )
+        for context in contexts
+    ]
+    return stack(*views, title=title)

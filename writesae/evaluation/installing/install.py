@@ -44,6 +44,7 @@ from writesae.evaluation.installing.install_lambda import (
     Climb,
     Slope,
     at_cells,
+    furthest_cells,
     promising,
     refine,
     slope,
@@ -250,18 +251,11 @@ class _Test:
         return (self.cell,) * len(wanted)
 
     def _choose(self, context: Context, wanted: Tensor, start: Slope) -> Cells:
-        """Per target, of the most promising cells the one in which a refined write of the middle magnitude gets furthest."""
-        options = promising(context, start.writes, self.config.candidates)
-        several = len(options[0])
-        cells = tuple(cell for mine in options for cell in mine)
-        magnitude = sorted(self.config.magnitudes)[len(self.config.magnitudes) // 2]
-        norms = torch.stack([context.native_norms(layer)[:, head] for layer, head in cells]) * magnitude
-        repeated = {layer: found.repeat_interleave(several, dim=0) for layer, found in start.writes.items()}
-        first = steepest(cells, at_cells(repeated, cells), norms, self.config.split)
-        tokens = wanted.repeat_interleave(several)
-        _, reached = refine(self.model, context, tokens, first, norms, self.climb, self.config.rounds // 2)
-        best = reached.view(len(options), several).argmax(1).tolist()
-        return tuple(mine[index] for mine, index in zip(options, best, strict=True))
+        """Per target the cell in which a refined write of the middle magnitude gets furthest."""
+        config = self.config
+        magnitude = sorted(config.magnitudes)[len(config.magnitudes) // 2]
+        options = {"candidates": config.candidates, "rounds": config.rounds // 2}
+        return furthest_cells(self.model, context, wanted, start, self.climb, magnitude, **options)
 
     def _conditions(
         self, context: Context, targets: list[Target], trials: _Trials, start: Slope, how: str

@@ -208,3 +208,29 @@ def refine(
             moved = best.key[..., :, None] * best.value[..., None, :] + length[..., None, None] * along
             now = steepest(start.cells, moved, norms, climb.split, together)
     return best, value
+
+
+def furthest_cells(
+    model: HookedRecurrentModel,
+    context: Context,
+    targets: Int[Tensor, " trial"],
+    start: Slope,
+    climb: Climb,
+    magnitude: float,
+    *,
+    candidates: int,
+    rounds: int,
+) -> tuple[tuple[int, int], ...]:
+    """Per trial, of the most promising cells the one in which a write of `magnitude` native norms, refined, gets furthest.
+
+    `start` is the slope of the untouched run over every recurrent layer.
+    """
+    options = promising(context, start.writes, candidates)
+    several = len(options[0])
+    cells = tuple(cell for mine in options for cell in mine)
+    norms = torch.stack([context.native_norms(layer)[:, head] for layer, head in cells]) * magnitude
+    repeated = {layer: found.repeat_interleave(several, dim=0) for layer, found in start.writes.items()}
+    first = steepest(cells, at_cells(repeated, cells), norms, climb.split)
+    _, reached = refine(model, context, targets.repeat_interleave(several), first, norms, climb, rounds)
+    best = reached.view(len(options), several).argmax(1).tolist()
+    return tuple(mine[index] for mine, index in zip(options, best, strict=True))

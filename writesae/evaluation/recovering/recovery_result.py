@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from hooked_recurrent.display import OneLine
 from hooked_recurrent.files import write_text
 
 MEASURES = ("recovered", "recovered_best", "mean_max_cosine", "fvu", "l0", "dead_fraction")
@@ -15,8 +16,8 @@ MEASURES = ("recovered", "recovered_best", "mean_max_cosine", "fvu", "l0", "dead
 _SETTING = ["planted", "variant", "atoms"]
 
 
-@dataclass(frozen=True)
-class RecoveryResult:
+@dataclass(frozen=True, repr=False)
+class RecoveryResult(OneLine):
     """Every trained dictionary's score, with what is needed to run it again.
 
     Columns of the table: `planted` (name of what was planted), `variant`, `atoms` ("as learned", or "svd": the leading
