@@ -16,6 +16,8 @@ from writesae.evaluation.acting.erasure_result import ErasureResult, slopes
 from writesae.evaluation.describing.contexts import atom_coefficients
 from writesae.evaluation.firings import encode_cell
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 SMALL = {"count": 2, "per_atom": 4, "writes": 2, "horizon": 2, "first_position": 2, "doses": (1.0, 2.0), "seed": 5}
 STUDIES = {}
 

@@ -13,6 +13,8 @@ from writesae.evaluation.acting.readers_result import ReadersResult
 from writesae.evaluation.describing.contexts import atom_coefficients
 from writesae.evaluation.firings import encode_cell
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = ReadersConfig(count=2, per_atom=3, horizon=2, first_position=2, seed=4)
 STUDIES = {}
 

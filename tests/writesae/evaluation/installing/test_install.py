@@ -29,6 +29,8 @@ from writesae.evaluation.installing.install_measure import collateral, included,
 from writesae.evaluation.installing.install_result import InstallResult
 from writesae.evaluation.installing.install_steering import gradient_steering, match_collateral, unembedding_steering
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 SMALL = InstallConfig(
     prompts=2,
     positions=1,

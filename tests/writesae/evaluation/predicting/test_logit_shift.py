@@ -15,6 +15,8 @@ from writesae.evaluation.predicting.logit_shift import LogitShiftConfig, in_floa
 from writesae.evaluation.predicting.logit_shift_predictors import PREDICTORS
 from writesae.evaluation.predicting.logit_shift_result import LogitShiftResult
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = LogitShiftConfig(
     total=4, per_atom=1, fractions=(1e-5, 0.3), horizons=(0, 3), top=2, tail_rank=9, cells=((1, 2), (0, 1))
 )
