@@ -195,6 +195,23 @@ def _open_file(file: Path) -> Checkpoint:
     )
 
 
+def looks_local(name: str | Path) -> bool:
+    """Whether a name that was not found cannot be meant for the hub, whose names are "owner/name"."""
+    local = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
+    return local or Path(name).suffix in (*TORCH_FILES, ".safetensors")
+
+
+def unknown_model(name: str | Path) -> ValueError:
+    """The error for a name that is nothing known, with the nearest bundled model."""
+    bundled = bundled_models()
+    near = get_close_matches(str(name), bundled, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    known = ", ".join(bundled) or "none"
+    return ValueError(
+        f"{str(name)!r} is neither a folder, nor a hub name 'owner/name', nor a file, nor bundled ({known}){hint}"
+    )
+
+
 def _find_folder(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
@@ -202,15 +219,8 @@ def _find_folder(name: str | Path) -> Path:
     bundled = bundled_models()
     if str(name) in bundled:
         return bundled[str(name)]
-    looks_local = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
-    looks_local = looks_local or path.suffix in (*TORCH_FILES, ".safetensors")
-    if looks_local:
-        near = get_close_matches(str(name), bundled, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(bundled) or "none"
-        raise ValueError(
-            f"{str(name)!r} is neither a folder, nor a hub name 'owner/name', nor a file, nor bundled ({known}){hint}"
-        )
+    if looks_local(name):
+        raise unknown_model(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -85,6 +85,15 @@ def trained_on(sae: WriteSAE, layer: int, head: int) -> Source:
     return Source(f"blocks.{layer}.mixer.hook_{kind}", head, form if kind == "write" else "additive")
 
 
+def require_cell(model: HookedRecurrentModel, layer: int, head: int) -> None:
+    """Raise `IndexError` unless the layer has a matrix memory and the head exists; both are counted from 0."""
+    cfg = model.cfg
+    if layer not in cfg.recurrent_layers:
+        raise IndexError(f"layer {layer} has no writes: the recurrent layers are {cfg.recurrent_layers}")
+    if not 0 <= head < cfg.n_heads:
+        raise IndexError(f"head {head} is out of range: the layer has heads 0 to {cfg.n_heads - 1}")
+
+
 def check_cell(model: HookedRecurrentModel, sae: WriteSAE, layer: int, head: int) -> None:
     """Raise unless (layer, head) is a recurrent cell of the model whose writes or states the dictionary's atoms fit.
 
@@ -92,10 +101,7 @@ def check_cell(model: HookedRecurrentModel, sae: WriteSAE, layer: int, head: int
     """
     cfg = model.cfg
     trained_on(sae, layer, head)
-    if layer not in cfg.recurrent_layers:
-        raise IndexError(f"layer {layer} has no writes: the recurrent layers are {cfg.recurrent_layers}")
-    if not 0 <= head < cfg.n_heads:
-        raise IndexError(f"head {head} is out of range: the layer has heads 0 to {cfg.n_heads - 1}")
+    require_cell(model, layer, head)
     if (sae.config.d_k, sae.config.d_v) != (cfg.d_k, cfg.d_v):
         atoms, writes = (sae.config.d_k, sae.config.d_v), (cfg.d_k, cfg.d_v)
         raise ValueError(
