@@ -44,12 +44,12 @@ def baselines(
         learned = training_text(study.model, study.sae.provenance, **size)
         return study.run(run_baselines, config, "replace", train_tokens=learned)
 
-    def parts(study: Study, passages: int) -> list[Part]:
+    def parts(study: Study) -> list[Part]:
         job = Job("flat", Source(f"blocks.{study.layer}.mixer.hook_write", study.head), flat_config(study.sae.config))
         cell = (study.layer, study.head)
         return [
             training_part(study.model, [job], study.tokens, budget_of(study.sae), times=2),
-            replacement_part(study.model, study.sae, study.tokens, cell, firings=firings, passages=passages),
+            replacement_part(study.model, study.sae, study.tokens, cell, firings=firings),
         ]
 
     return Work(config, run, firings, "firings, after training two dictionaries", parts=parts)

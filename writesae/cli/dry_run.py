@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PROBE_PASSAGES = 8
 """Passages that the short runs read."""
+PATIENCE = 2.0
+"""Seconds of a first short run from which on it is not done again, warm."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,8 @@ class Part:
     """How many of them the command would do."""
     run: Callable[[int], object]
     """Does so many of them."""
-    share: int | float = 1.0
-    """How often the command would pay what a short run pays whatever its units: where that is reading passages, how many
-    times more passages there are."""
+    times: int = 1
+    """How often the command would pay what a short run pays whatever its units."""
     small: int = 4
     """Units of the shorter short run; the longer one has three times as many."""
 
@@ -103,19 +104,22 @@ def in_words(seconds: float) -> str:
 
 
 def _time(part: Part) -> tuple[float, str]:
-    """Seconds for the whole of a part, and the short runs in words. The first run only warms up."""
+    """Seconds for the whole of a part, and the short runs in words. A first run that was quick only warmed up."""
     few = min(part.small, part.units)
     many = min(3 * few, part.units)
-    seconds = []
-    for units in (few, few, many):
-        start = time.perf_counter()
-        part.run(units)
-        seconds.append(time.perf_counter() - start)
-    _, short, long = seconds
-    each = max(0.0, (long - short) / (many - few)) if many > few else 0.0
+    short = _seconds(part, few)
+    short = _seconds(part, few) if short < PATIENCE else short
+    if many == few:
+        return short * part.times, f"{few} {part.unit}"
+    each = max(0.0, (_seconds(part, many) - short) / (many - few))
     once = max(0.0, short - each * few)
-    counts = f"{few} and {many}" if many > few else str(few)
-    return once * part.share + each * part.units, f"{counts} {part.unit}"
+    return once * part.times + each * part.units, f"{few} and {many} {part.unit}"
+
+
+def _seconds(part: Part, units: int) -> float:
+    start = time.perf_counter()
+    part.run(units)
+    return time.perf_counter() - start
 
 
 def origin(name: str) -> tuple[str, Path | str | None]:
@@ -180,7 +184,7 @@ def training_part(
             model, jobs, tokens=tokens, config=replace(config, steps=steps, splice_passages=0, log_to=(), save_every=0)
         )
 
-    return Part("steps", config.steps * times, run, share=times, small=10)
+    return Part("steps", config.steps * times, run, times=times, small=10)
 
 
 def brief_dictionary(
@@ -205,7 +209,6 @@ def replacement_part(
     cell: tuple[int, int],
     *,
     firings: int,
-    passages: int,
     times: int = 1,
 ) -> Part:
     """Replacement tests of so many firings each."""
@@ -216,4 +219,4 @@ def replacement_part(
         config = ReplacementConfig(total=count, per_atom=count)
         replacement(model, sae, tokens, layer=cell[0], head=cell[1], config=config)
 
-    return Part("firings", firings * times, run, share=times * passages / len(tokens))
+    return Part("firings", firings * times, run, times=times)

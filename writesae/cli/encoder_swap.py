@@ -72,7 +72,7 @@ def encoder_swap(
     if dry_run:
         reads = [passages_in_words(train_passages, length, "training", text)]
         reads.append(passages_in_words(passages, length, "held-out", text))
-        _dry_run(model, cells, config, reads, passages, [folder, out, figure], as_json)
+        _dry_run(model, cells, config, reads, [folder, out, figure], as_json)
         return
     loaded = load_model(model)
     check_cells(loaded, cells)
@@ -102,7 +102,6 @@ def _dry_run(
     cells: list[tuple[int, int]],
     config: "EncoderSwapConfig",
     reads: list[str],
-    passages: int,
     written: list[Path | None],
     as_json: bool,
 ) -> None:
@@ -122,7 +121,7 @@ def _dry_run(
         tokens = held_text(loaded, passages=8, length=64).tokens
         jobs = [job_of(loaded, *cells[0], preset, 0, config) for preset in config.presets]
         sae = brief_dictionary(loaded, *cells[0], jobs[0].sae, tokens)
-        size = {"firings": config.total, "passages": passages, "times": len(cells)}
+        size = {"firings": config.total, "times": len(cells)}
         plan.measure(
             [
                 training_part(loaded, jobs, tokens, config.training(0), times=len(config.seeds) * len(cells)),

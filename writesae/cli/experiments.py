@@ -15,7 +15,7 @@ import typer
 
 from writesae.cli.base import OUTPUT, DryRun, Json, Seed, app, console, load_model, print_json, progress
 from writesae.cli.completion import complete_model
-from writesae.cli.dry_run import PROBE_PASSAGES, Part, begin, passages_in_words
+from writesae.cli.dry_run import PROBE_PASSAGES, Part, begin, forward_part, passages_in_words
 from writesae.cli.outputs import check_outputs
 from writesae.report.terminal import summary_table
 
@@ -109,16 +109,21 @@ class Work:
     """The config that does so much."""
     show: "Callable[[Result, bool], None] | None" = None
     """Prints the result, as JSON or not; by default a table of its summary."""
-    parts: Callable[[Study, int], list[Part]] | None = None
-    """For a dry run: the parts whose time is taken, of so many passages; by default the experiment itself in small."""
+    small: int = 4
+    """How much a short run does."""
+    parts: Callable[[Study], list[Part]] | None = None
+    """For a dry run: the parts whose time is taken, beside the reading; by default the experiment itself in small."""
 
     def in_short(self, study: Study, passages: int) -> list[Part]:
         """What a dry run takes the time of."""
+        reading = forward_part(study.model, study.tokens, passages)
         if self.parts is not None:
-            return self.parts(study, passages)
-        share = passages / len(study.tokens)
-        at = self.at or (lambda _: self.config)
-        return [Part(self.unit, max(self.units, 1), lambda count: self.run(study, at(count)), share)]
+            return [reading, *self.parts(study)]
+        if self.at is None:
+            few = [replace(study, tokens=study.tokens[:count]) for count in range(len(study.tokens) + 1)]
+            return [Part("passages", passages, lambda count: self.run(few[count], self.config), small=2)]
+        at = self.at
+        return [reading, Part(self.unit, self.units, lambda count: self.run(study, at(count)), small=self.small)]
 
 
 def study_verb(

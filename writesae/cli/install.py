@@ -48,6 +48,7 @@ def install(
         prompts * positions,
         "install positions",
         at=lambda number: replace(config, prompts=number, positions=1),
+        small=1,
     )
 
 

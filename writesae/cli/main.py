@@ -99,12 +99,11 @@ def _demo_parts(loaded: Any, config: "DemoConfig") -> list[Part]:
     sizes = WriteSAEConfig(loaded.cfg.d_k, loaded.cfg.d_v, n_atoms=config.n_atoms, k=config.k)
     job = Job("sae", Source(f"blocks.{layer}.mixer.hook_write", head), sizes)
     sae = brief_dictionary(loaded, layer, head, sizes, tokens)
-    test = {"firings": config.firings, "passages": config.heldout_passages}
     return [
         Part("surveyed passages", config.survey_passages, lambda count: survey(loaded, tokens[:count]), small=1),
         forward_part(loaded, tokens, config.train_passages + config.heldout_passages),
         training_part(loaded, [job], tokens, TrainConfig(steps=config.steps)),
-        replacement_part(loaded, sae, tokens, (layer, head), **test),
+        replacement_part(loaded, sae, tokens, (layer, head), firings=config.firings),
     ]
 
 

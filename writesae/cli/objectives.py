@@ -60,7 +60,7 @@ def objectives(
     counts = {"train": train_passages, "heldout": passages}
     if dry_run:
         reads = [passages_in_words(count, length, split, text) for split, count in counts.items()]
-        _dry_run(model, (layer, head), config, reads, passages, [folder, out, figure], as_json)
+        _dry_run(model, (layer, head), config, reads, [folder, out, figure], as_json)
         return
     loaded = load_model(model)
     if layer is not None and head is not None:
@@ -91,7 +91,6 @@ def _dry_run(
     cell: tuple[int | None, int | None],
     config: "ObjectivesConfig",
     reads: list[str],
-    passages: int,
     written: list[Path | None],
     as_json: bool,
 ) -> None:
@@ -106,11 +105,11 @@ def _dry_run(
     plan.writes = [str(path) for path in written if path is not None]
     if loaded is not None:
         layer, head = (loaded.cfg.recurrent_layers[0] if cell[0] is None else cell[0]), cell[1] or 0
-        plan.measure(_parts(loaded, layer, head, config, passages), "; reading the text comes on top")
+        plan.measure(_parts(loaded, layer, head, config), "; reading the text comes on top")
     plan.show(as_json, {"config": config.to_dict()})
 
 
-def _parts(loaded: Any, layer: int, head: int, config: "ObjectivesConfig", passages: int) -> list[Part]:
+def _parts(loaded: Any, layer: int, head: int, config: "ObjectivesConfig") -> list[Part]:
     """Training by every objective, with as large a share of fine-tuning as in earnest, and the tests."""
     from writesae.training.objectives import train_objective
 
@@ -123,9 +122,9 @@ def _parts(loaded: Any, layer: int, head: int, config: "ObjectivesConfig", passa
         return train_objective(loaded, tokens, objective, layer=layer, head=head, config=short)
 
     parts = [
-        Part("steps", training.steps * config.seeds, partial(trains, objective), share=config.seeds)
+        Part("steps", training.steps * config.seeds, partial(trains, objective), times=config.seeds)
         for objective in config.objectives
     ]
     sae = trains(config.objectives[0], 4).sae
-    size = {"firings": config.firings, "passages": passages, "times": config.seeds * len(config.objectives)}
+    size = {"firings": config.firings, "times": config.seeds * len(config.objectives)}
     return [*parts, replacement_part(loaded, sae, tokens, (layer, head), **size)]

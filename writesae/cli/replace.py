@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from writesae.cli.base import OUTPUT, DryRun, Json, Seed, app, console, print_json, progress
-from writesae.cli.dry_run import begin, passages_in_words, replacement_part
+from writesae.cli.dry_run import begin, forward_part, passages_in_words, replacement_part
 from writesae.cli.experiments import (
     Figure,
     Horizon,
@@ -166,8 +166,8 @@ def _dry_run(
     plan.writes = [str(path) for path in written if path is not None]
     if loaded is not None:
         few = open_study(**{**source, "passages": min(passages, 8)}, loaded=loaded)
-        size = {"firings": firings, "passages": passages, "times": len(cells)}
-        plan.measure([replacement_part(loaded, few.sae, few.tokens, (few.layer, few.head), **size)])
+        test = replacement_part(loaded, few.sae, few.tokens, (few.layer, few.head), firings=firings, times=len(cells))
+        plan.measure([forward_part(loaded, few.tokens, passages * len(cells)), test])
     plan.show(as_json)
 
 

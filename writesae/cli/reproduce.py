@@ -143,9 +143,8 @@ def _parts(loaded: Any, config: "ReproduceConfig") -> list[Part]:
         for n, k in ((config.n_atoms, config.k), (config.best_atoms, 1))
     ]
     sae = brief_dictionary(loaded, layer, head, jobs[1].sae, tokens)
-    test = {"firings": config.firings, "passages": config.heldout_passages}
     return [
         forward_part(loaded, tokens, config.train_passages + config.heldout_passages),
         training_part(loaded, jobs, tokens, TrainConfig(steps=config.train_steps)),
-        replacement_part(loaded, sae, tokens, (layer, head), **test),
+        replacement_part(loaded, sae, tokens, (layer, head), firings=config.firings),
     ]

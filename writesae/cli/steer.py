@@ -20,6 +20,8 @@ Beside = Annotated[
         help="Folder of the dictionary of another head of the layer, to steer together; may be given several times.",
     ),
 ]
+FEW_TOKENS = 10
+"""Tokens that a short run generates."""
 
 
 @study_verb(passages=100, seed=123)
@@ -64,7 +66,15 @@ def steer(
         heads = together(study, others)
         return study.run_with(steering, heads, "steer", layer=study.layer, config=config)
 
-    return Work(config, run, prompts, "prompts", at=lambda number: replace(config, prompts=number))
+    doses = config.doses
+    return Work(
+        config,
+        run,
+        prompts * len(doses) * -(-new_tokens // FEW_TOKENS),
+        f"prompts of {FEW_TOKENS} new tokens at one dose",
+        at=lambda number: replace(config, prompts=number, doses=doses[:1], new_tokens=FEW_TOKENS),
+        small=1,
+    )
 
 
 def together(study: Study, others: "list[tuple[Path, WriteSAE]]") -> "dict[int, WriteSAE]":
