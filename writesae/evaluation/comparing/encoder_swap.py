@@ -30,7 +30,7 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.files import plain, write_text
 from writesae.config import PRESETS, TrainConfig, WriteSAEConfig, require_one_of
-from writesae.evaluation.firings import encode_cell
+from writesae.evaluation.firings import check_passages, encode_cell
 from writesae.evaluation.replacing.exchange import READINGS
 from writesae.evaluation.replacing.replacement import ReplacementConfig, replacement
 from writesae.evaluation.result import Result, Told
@@ -180,7 +180,8 @@ def encoder_swap(
     Raises:
         ValueError, IndexError: cells that do not exist, and a folder that holds another run.
     """
-    config = config or EncoderSwapConfig()
+    config = EncoderSwapConfig.given(config)
+    check_passages(tokens)
     check_cells(model, cells)
     steps, done = len(config.seeds) + len(cells), 0
     description = _claim(model, tokens, train_tokens, config, folder)
