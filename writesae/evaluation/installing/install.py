@@ -34,7 +34,7 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import require_at_least_zero, require_one_of
-from writesae.evaluation.firings import CellWrites, check_cell, encode_cell
+from writesae.evaluation.firings import CellWrites, check_cell, check_passages, encode_cell
 from writesae.evaluation.installing.install_context import PLACES, STRATA, Context, Target, draw_targets, install_sites
 from writesae.evaluation.installing.install_directions import Cells, atom_keys, fixed_directions, random_directions
 from writesae.evaluation.installing.install_edits import Installs, Steering
@@ -148,7 +148,8 @@ def install(
         ValueError, IndexError: for a cell that does not exist or does not fit the dictionary, passages that are too short,
             and prompts without any target.
     """
-    config = config or InstallConfig()
+    config = InstallConfig.given(config)
+    check_passages(tokens)
     check_cell(model, sae, layer, head)
     if tokens.shape[1] <= config.first_position:
         raise ValueError(
