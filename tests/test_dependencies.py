@@ -25,7 +25,10 @@ OPTIONAL = {
     "wandb",
     "trackio",
     "triton",
-    "fastapi",
+    "fastapi", # with what it brings
+    "pydantic",
+    "pydantic_core",
+    "starlette",
     "uvicorn",
     "plotly",
     "IPython",

@@ -14,8 +14,8 @@ SMALL = {"new_tokens": STEPS, "candidates": 3, "rounds": 4}
 over_rules = pytest.mark.parametrize("rule", RULES)
 
 
-def opened(layer_types):
-    model, _, tokens = cell(layer_types, layer=2 if layer_types == HYBRID else LAYER)
+def opened(layer_types, layer=LAYER):
+    model, _, tokens = cell(layer_types, layer)
     return model, tokens[:1, :10]
 
 
@@ -43,17 +43,16 @@ def unrefined(model, prompt, magnitude):
 
 
 @over_rules
-def test_installed_writes_get_further_than_the_steepest_and_than_none(rule):
+def test_installed_writes_get_further_than_the_steepest(rule):
     model, prompt = opened((rule, rule))
-    given = install_token(model, prompt, TARGET, cell=(LAYER, HEAD), magnitude=0.5, **SMALL)
-    start = unrefined(model, prompt, 0.5)
+    given = install_token(model, prompt, TARGET, cell=(LAYER, HEAD), magnitude=2.0, **SMALL)
+    start = unrefined(model, prompt, 2.0)
     assert [(edit.layer, edit.head, edit.position, edit.op) for edit in given] == [
         (edit.layer, edit.head, edit.position, "add") for edit in start
     ]
     norms = [[torch.outer(edit.key, edit.value).norm() for edit in edits] for edits in (given, start)]
     assert torch.allclose(*map(torch.tensor, norms))
-    none, steepest, refined = (reached(model, prompt, edits) for edits in ([], start, given))
-    assert max(none, steepest) < refined  # at twice the native norm the steepest write alone need not help
+    assert reached(model, prompt, given) > reached(model, prompt, start)
 
 
 def test_the_cell_is_the_one_in_which_most_is_reached():
@@ -69,11 +68,11 @@ def test_the_cell_is_the_one_in_which_most_is_reached():
     assert {(edit.layer, edit.head) for edit in found} == {max(everywhere, key=everywhere.get)}
 
 
-def test_a_hybrid_is_written_to_where_it_recurs():
-    model, prompt = opened(HYBRID)
-    found = install_token(model, prompt, TARGET, magnitude=0.5, **SMALL)
-    assert {edit.layer for edit in found} <= set(model.cfg.recurrent_layers)
-    assert reached(model, prompt, found) > reached(model, prompt, [])
+def test_a_hybrid_is_written_to_where_it_recurs_and_a_little_more_gets_a_little_further():
+    model, prompt = opened(HYBRID, layer=0)
+    small, large = (install_token(model, prompt, TARGET, magnitude=size, **SMALL) for size in (0.01, 0.05))
+    assert {edit.layer for edit in small + large} <= set(model.cfg.recurrent_layers)
+    assert reached(model, prompt, large) > reached(model, prompt, small) > reached(model, prompt, [])
 
 
 @pytest.mark.parametrize(
