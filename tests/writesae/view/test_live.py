@@ -102,6 +102,11 @@ def test_type_a_prompt_replace_a_write_and_watch(browser, home, made):
         assert found["at"][0]["kl"] > 1e-6 and page.locator(".outcome .kl").first.inner_text().endswith("nats of KL")
         text_shown = page.locator(".outcome .kl").first.inner_text().split()[0].replace("−", "-")
         assert float(text_shown) == pytest.approx(found["at"][0]["kl"], rel=0.06)
+        for row, one in zip(
+            page.locator(".outcome").first.locator("tr[data-id]").all(), found["at"][0]["top"], strict=False
+        ):
+            percents = [float(cell.inner_text().strip("%<\u202f\n")) for cell in row.locator("td").all()]
+            assert percents == pytest.approx([100 * one["before"], 100 * one["after"]], rel=0.06, abs=0.01)
         assert tokens.nth(at).evaluate("(node) => node.classList.contains('changed')")
         assert tokens.nth(0).evaluate("(node) => node.style.getPropertyValue('--k')") == "0.000"
         shot(page, "view-replaced")

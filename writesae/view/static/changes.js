@@ -54,7 +54,7 @@
     reading.value = live.reading;
     box.replaceChildren(
       el("div", { class: "with-legend" }, el("h3", { id: "live-changes-title" }, "Changes"),
-        el("p", { class: "live-row" }, el("label", {}, "read ", reading),
+        el("p", { class: "live-row" }, el("label", {}, "in effect ", reading),
           el("button", { type: "button", class: "quiet", id: "live-undo", onclick: () => {
             live.change([]);
             byId("live-outcome").focus();
