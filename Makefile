@@ -76,7 +76,7 @@ notebooks: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m notebooks.run
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmarks: $(INSTALLED) $(LENS_INSTALLED)
 	set -e; for script in $(TIMED); do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done

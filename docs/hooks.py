@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.plugins import event_priority
+from mkdocs.plugins import CombinedEvent, event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.structure.toc import get_toc
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "hooked_recurrent" / "zoo"
 OPTIONAL = {"CHANGELOG.md": ("changelog.md", "Changelog"), "CONTRIBUTING.md": ("contributing.md", "Contributing")}
 PICTURE = re.compile(r'<p><img alt="([^"]*)" src="[^"]*diagrams/(\w+)\.svg"\s*/?></p>')
+HEADING = re.compile(r'<h([1-6])[^>]*\bid="([^"]+)"[^>]*>(.*?)</h\1>', re.DOTALL)
+SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=[)#])")
 
 
@@ -63,11 +66,23 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 @event_priority(100)  # before the plugin that turns notebooks into pages
-def on_files(files: Files, config: MkDocsConfig) -> Files:
+def bring_in(files: Files, config: MkDocsConfig) -> Files:
     """Bring in what lies outside."""
     for path, page in outside().items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
     return files
+
+
+@event_priority(-100)  # after it
+def tell_where(files: Files, config: MkDocsConfig) -> Files:
+    """A notebook's page asks itself, and not the file that it stands for, where it comes from."""
+    for path, page in outside().items():
+        if page.endswith(".ipynb"):
+            files.get_file_from_path(page).abs_src_path = str(ROOT / path)
+    return files
+
+
+on_files = CombinedEvent(bring_in, tell_where)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -85,11 +100,30 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(moved, markdown)
 
 
+def headings(html: str) -> list[dict[str, Any]]:
+    """The headings of a page as the table of contents wants them, nested by level.
+
+    The notebook plugin reads them off another conversion of the notebook, whose anchors differ where a heading holds code.
+    """
+    roots: list[dict[str, Any]] = []
+    open_ends: list[dict[str, Any]] = []
+    for level, anchor, words in HEADING.findall(html):
+        plain = re.sub(r"<[^>]+>", "", re.sub(r'<a class="anchor-link".*?</a>', "", words)).strip()
+        entry = {"level": int(level), "id": anchor, "name": plain, "html": plain, "data-toc-label": "", "children": []}
+        while open_ends and open_ends[-1]["level"] >= entry["level"]:
+            open_ends.pop()
+        (open_ends[-1]["children"] if open_ends else roots).append(entry)
+        open_ends.append(entry)
+    return roots
+
+
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write the pictures of blocks into the page."""
+    """Write the pictures of blocks into the page; take out a notebook's script that would fetch a library for diagrams."""
 
     def inline(found: re.Match) -> str:
         svg = (ROOT / "docs" / "diagrams" / f"{found[2]}.svg").read_text(encoding="utf-8")
         return f'<figure class="block" tabindex="0" aria-label="{found[1]}">{svg}</figure>'
 
-    return PICTURE.sub(inline, html)
+    if page.file.src_uri.endswith(".ipynb"):
+        page.toc = get_toc(headings(html))
+    return SCRIPT.sub(lambda found: "" if "cdnjs" in found[0] else found[0], PICTURE.sub(inline, html))
