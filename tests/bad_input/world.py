@@ -75,7 +75,7 @@ def dictionaries(folder: Path) -> dict:
         (folder / "short" / f"{number}.txt").write_text("hi")
     (folder / "junk.pt").write_bytes(b"nonsense")
     passages = torch.randint(1, 4000, (4, 40))
-    names = {**{name: getattr(writesae, name) for name in writesae.__all__}, **{name: getattr(evaluate, name) for name in evaluate.__all__}, "sae": sae}
+    names = {name: getattr(room, name) for room in (writesae, evaluate) for name in room.__all__} | {"sae": sae}
     names |= {"saved": saved, "config": config, "changed": changed, "few": writesae.TrainConfig(steps=2)}
     names |= {"words": passages, "write": "blocks.2.mixer.hook_write", "cell": {"layer": 2, "head": 1}}
     names |= {"SourceFile": SourceFile, "text_folder": text_folder, "find_cells": find_cells, "convert": convert}
