@@ -136,6 +136,8 @@ def extreme_tokens(
     change: Float[Tensor, "atom d_model"], unembedding: Float[Tensor, "d_model d_vocab"], count: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Blocks of atoms: (promoted tokens, by how much, suppressed tokens, by how much), each [atom, count], best first."""
+    if unembedding.element_size() < 4:
+        unembedding = unembedding.float()  # sixteen bits would tie many of the extremes
     count, at_once = min(count, unembedding.shape[1]), max(1, _LOGITS_AT_ONCE // unembedding.shape[1])
     for block in change.to(unembedding).split(at_once):
         logits = block @ unembedding

@@ -32,7 +32,7 @@ def random_data(
 ):
     """A whole `AtomBrowserData`; atom 0 never fires, the last third of the atoms was not tested."""
     rng = np.random.default_rng(seed)
-    words = words or [f" {chr(97 + i % 26)}{i}" for i in range(400)]
+    words = words or ["\n", "\t\n    ", "\x00\u202e", *(f" {chr(97 + i % 26)}{i}" for i in range(3, 400))]
     firings = rng.integers(1, 4000, n_atoms)
     firings[0] = 0
     silent = firings == 0

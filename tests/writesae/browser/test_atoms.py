@@ -147,7 +147,7 @@ def test_nothing_is_replaced_where_nothing_is_asked_for():
 @pytest.mark.parametrize(("kind", "form"), [("write", "additive"), ("write", "net"), ("state", "additive")])
 def test_every_rule_and_everything_that_a_dictionary_is_of(rule, kind, form):
     model, sae, tokens = opened((rule, rule), kind=kind, form=form, passages=2, length=14)
-    data = described(model, sae, tokens, BrowserConfig(tested_atoms=1, firings_per_atom=1))
+    data = described(model, sae, tokens, BrowserConfig(tested_atoms=int(form == "net"), firings_per_atom=1))
     alive = data.atoms["firings"] > 0
     assert alive.sum() > 3 and data.about["rule"] == rule
     assert data.about["what"] == {"write": {"net": "net writes"}.get(form, "writes"), "state": "states"}[kind]
@@ -159,16 +159,15 @@ def test_every_rule_and_everything_that_a_dictionary_is_of(rule, kind, form):
 def test_the_cosine_of_a_dictionary_of_net_writes_is_that_to_net_writes():
     model, sae, tokens = opened(form="net")
     writes = encode_cell(model, sae, tokens, LAYER, HEAD, net=True)
-    data = described(model, sae, tokens)
+    data = described(model, sae, tokens, BrowserConfig(tested_atoms=0))
     assert np.allclose(data.atoms["cosine"], median_cosine(sae, writes, "net"), equal_nan=True)
     assert not np.allclose(data.atoms["cosine"], median_cosine(sae, writes), equal_nan=True)
 
 
 def test_progress_is_told_stage_by_stage_and_names_of_files_are_kept():
     told, (model, sae, tokens) = [], opened(passages=10, length=12)
-    data = described(
-        model, sae, tokens, files=[f"f{row}" for row in range(10)], on_progress=lambda *of: told.append(of)
-    )
+    config, files = BrowserConfig(tested_atoms=1, firings_per_atom=1), [f"f{row}" for row in range(10)]
+    data = described(model, sae, tokens, config, files=files, on_progress=lambda *of: told.append(of))
     assert [one for one in told if one[0] == "codes"] == [("codes", 8, 10), ("codes", 10, 10)]
     assert ("readout", 10, 10) in told and "replace" in {stage for stage, _, _ in told}
     assert data.files[3] == "f3"

@@ -34,7 +34,11 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => AtomPage.tell("theme", "auto"));
 
   const dialog = byId("about");
-  byId("about-open").addEventListener("click", () => dialog.showModal());
+  byId("about-open").addEventListener("click", () => {
+    dialog.showModal();
+    byId("about-title").focus(); // else the first thing that scrolls takes the focus, and what stands above is out of sight
+    dialog.scrollTop = 0;
+  });
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog || event.target.closest("[data-close]")) dialog.close();
   });

@@ -95,6 +95,7 @@
       const lastIsBreak = token.text.endsWith("\n") ? nodes.pop() : null; // the break stands outside, or a frame would reach into the next line
       const node = el("bdi", { class: index === at ? "tok at" : "tok", tabindex: index === Math.max(at, 0) ? 0 : -1 }, nodes);
       if (strength >= 0.005) node.style.setProperty("--a", strength.toFixed(3));
+      if (strength >= 0.15) node.classList.add("strong"); // its signs take the ink, which can be read on any shade
       node.dataset.spoken = spoken(token.text);
       shown.set(node, () => [
         el("div", { class: "card-token" }, el("bdi", {}, AtomPage.visible(token.text, true))),
