@@ -86,5 +86,5 @@ kernels: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py
 
 clean:
-	rm -rf .venv $(LENS) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out
+	rm -rf .venv $(LENS) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out site artefacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

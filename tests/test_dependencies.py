@@ -6,16 +6,19 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRA = PROJECT["optional-dependencies"]
 OURS = {"hooked_recurrent", "writesae"}
 # Modules whose distribution has another name; the rest are spelt alike, but for hyphens. Not read off what happens to be
 # installed, because an extra's packages need not be.
 SPELT = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+<<<<<<< HEAD
 # Where an import may stay unmet: the module is asked for by name, and its absence is answered in one sentence.
 OPTIONAL = {
     "sae_lens",
@@ -33,6 +36,12 @@ OPTIONAL = {
     "plotly",
     "IPython",
 }
+=======
+# What a user may install besides, each extra for what it is named after; the other extras are for those who work on this.
+EXTRAS = ("rwkv", "view", "plots", "logs", "sae-lens")
+# In no list: it comes with the builds of torch that can use it.
+FOUND = {"triton"}
+>>>>>>> wt-packaging
 # Needed, and imported nowhere: beartype checks jaxtyping's shapes for whoever turns the checks on.
 SILENT = {"beartype"}
 
@@ -61,13 +70,18 @@ def imported():
 
 
 def test_every_import_is_a_dependency(imported):
-    needed = {requirement(line) for line in PROJECT["dependencies"]}
-    assert {name for name in imported - OPTIONAL if distribution(name) not in needed} == set()
+    listed = {requirement(line) for line in chain(PROJECT["dependencies"], *map(EXTRA.get, EXTRAS))}
+    assert {name for name in imported - FOUND if distribution(name) not in listed} == set()
 
 
 def test_every_dependency_is_imported(imported):
-    used = {distribution(name) for name in imported - OPTIONAL} | SILENT
+    used = {distribution(name) for name in imported} | SILENT
     assert {line for line in PROJECT["dependencies"] if requirement(line) not in used} == set()
+
+
+def test_no_dependency_is_an_extra_too():
+    core = {requirement(line) for line in PROJECT["dependencies"]}
+    assert core & {requirement(line) for line in chain(*map(EXTRA.get, EXTRAS))} == set()
 
 
 def test_the_spelling_is_that_of_the_installed():

@@ -1,5 +1,7 @@
 """The install: its directions, its controls and its measurements against plain full passes, in float64, on every rule."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -314,14 +316,16 @@ def test_install_end_to_end(layer_types):
 def test_result_pairs_trials_and_goes_through_json(tmp_path):
     model, sae, tokens = cell()
     told = []
+    # Two strata: a summary has a row for each and for all, and every row is a dozen intervals.
+    config = replace(SMALL, strata=("middle", "rare"))
     result = install(
-        model, sae, tokens, layer=LAYER, head=HEAD, config=SMALL, on_progress=lambda *done: told.append(done)
+        model, sae, tokens, layer=LAYER, head=HEAD, config=config, on_progress=lambda *done: told.append(done)
     )
     assert told == [(1, 2), (2, 2)]
     again = InstallResult.from_json(result.to_json(tmp_path / "install.json"))
     assert isinstance(again, InstallResult)
     rows = result.summary(n_resamples=50)
-    assert len(rows) == (11 + 10 + 10) * (4 + 1) * (2 + 1)
+    assert len(rows) == (11 + 10 + 10) * (2 + 1) * (2 + 1)
     whole = next(row for row in rows if row["condition"] == "lambda_refined" and row["stratum"] is None)
     part = result.table[(result.table["condition"] == "lambda_refined") & (result.table["cell"] == whole["cell"])]
     part = part[part["magnitude"] == whole["magnitude"]]

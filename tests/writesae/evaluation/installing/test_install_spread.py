@@ -12,6 +12,8 @@ from writesae.evaluation.installing.install_lambda import Climb, at_cells, refin
 from writesae.evaluation.installing.install_measure import measure
 from writesae.evaluation.installing.install_token import install_token
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 GREEDY = Climb("greedy", 3, "in_recurrence", "native")
 CELL = (LAYER, HEAD)
 
