@@ -18,30 +18,10 @@ OURS = {"hooked_recurrent", "writesae"}
 # Modules whose distribution has another name; the rest are spelt alike, but for hyphens. Not read off what happens to be
 # installed, because an extra's packages need not be.
 SPELT = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-<<<<<<< HEAD
-# Where an import may stay unmet: the module is asked for by name, and its absence is answered in one sentence.
-OPTIONAL = {
-    "sae_lens",
-    "rwkv",
-    "rwkv7_hf",
-    "tensorboard",
-    "wandb",
-    "trackio",
-    "triton",
-    "fastapi", # with what it brings
-    "pydantic",
-    "pydantic_core",
-    "starlette",
-    "uvicorn",
-    "plotly",
-    "IPython",
-}
-=======
 # What a user may install besides, each extra for what it is named after; the other extras are for those who work on this.
 EXTRAS = ("rwkv", "view", "plots", "logs", "sae-lens")
 # In no list: it comes with the builds of torch that can use it.
 FOUND = {"triton"}
->>>>>>> wt-packaging
 # Needed, and imported nowhere: beartype checks jaxtyping's shapes for whoever turns the checks on.
 SILENT = {"beartype"}
 
