@@ -15,7 +15,9 @@ def install(
     per_stratum: Annotated[int, typer.Option(help="Targets per stratum and prompt (2 in the paper).")] = 2,
     strata: Annotated[str, typer.Option(help="Of frequent, middle, rare, semantic; separated by commas.")] = "all",
     magnitudes: Annotated[str, typer.Option(help="Norms in native write norms, separated by commas.")] = "1.5,3,6",
-    cells: Annotated[str, typer.Option(help="given (the dictionary's), auto, or both: given,auto.")] = "given,auto",
+    cells: Annotated[
+        str, typer.Option(help="Where it is written: given (the dictionary's cell), auto, or both: given,auto.")
+    ] = "given,auto",
     objective: Annotated[str, typer.Option(help="What Lambda raises: greedy, any, mean or first.")] = "greedy",
     rounds: Annotated[int, typer.Option(help="Rounds of ascent of the refined direction.")] = 8,
     steering: Annotated[bool, typer.Option(help="Run the residual-stream controls of equal collateral KL.")] = True,
