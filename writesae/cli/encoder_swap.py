@@ -12,7 +12,7 @@ from writesae.cli.dry_run import begin, brief_dictionary, passages_in_words, rep
 from writesae.cli.experiments import Figure, Horizon, Length, Out, PassageCount, TextFolder, keep
 from writesae.cli.logits import parse_cell
 from writesae.cli.outputs import check_folder, check_outputs
-from writesae.cli.training_text import held_text, training_text
+from writesae.cli.training_text import check_text, held_text, training_text
 from writesae.report.terminal import summary_table
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def encoder_swap(
     cells = [parse_cell(one) for one in cell or ["0:0"]]
     check_outputs(out, figure)
     check_folder("--folder", folder)
+    check_text(text)
     if dry_run:
         reads = [passages_in_words(train_passages, length, "training", text)]
         reads.append(passages_in_words(passages, length, "held-out", text))

@@ -17,6 +17,7 @@ from writesae.cli.base import OUTPUT, DryRun, Json, Seed, app, console, load_mod
 from writesae.cli.completion import complete_model
 from writesae.cli.dry_run import PROBE_PASSAGES, Part, begin, forward_part, passages_in_words
 from writesae.cli.outputs import check_outputs
+from writesae.cli.training_text import check_text, held_text
 from writesae.report.terminal import summary_table
 
 if TYPE_CHECKING:
@@ -253,16 +254,12 @@ def open_study(
 
     Raises `ValueError` for a dictionary that does not say what it was trained on, or does not fit the model.
     """
-    from writesae.cli.training_text import held_text
     from writesae.evaluation.firings import check_cell
 
     if passages < 1 or length < 2:
         raise ValueError(f"--passages must be at least 1 and --length at least 2, got {passages} and {length}")
     dictionary, origin = open_dictionary(sae, model)
-    if text is not None:
-        from writesae.stream.corpus import text_folder
-
-        text_folder(text, "heldout")  # a folder without text is said before a model is loaded
+    check_text(text, ("heldout",))
     loaded = loaded or load_model(model or origin["model"])
     check_cell(loaded, dictionary, origin["layer"], origin["head"])
     held = held_text(loaded, passages=passages, length=length, text=text, seed=seed)

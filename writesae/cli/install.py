@@ -16,7 +16,7 @@ def install(
     strata: Annotated[str, typer.Option(help="Of frequent, middle, rare, semantic; separated by commas.")] = "all",
     magnitudes: Annotated[str, typer.Option(help="Norms in native write norms, separated by commas.")] = "1.5,3,6",
     cells: Annotated[
-        str, typer.Option(help="Of given (the dictionary's), auto (the best one), spread (many at once); by commas.")
+        str, typer.Option(help="Where: given (the dictionary's cell), auto (the best), spread (many); by commas.")
     ] = "given,auto,spread",
     objective: Annotated[str, typer.Option(help="What Lambda raises: greedy, any, mean or first.")] = "greedy",
     rounds: Annotated[int, typer.Option(help="Rounds of ascent of the refined direction.")] = 8,

@@ -11,7 +11,7 @@ from writesae.cli.base import OUTPUT, DryRun, Json, Model, Seed, app, load_model
 from writesae.cli.dry_run import Part, begin, passages_in_words, replacement_part
 from writesae.cli.experiments import Figure, Length, Out, PassageCount, TextFolder, keep, show
 from writesae.cli.outputs import check_folder, check_outputs
-from writesae.cli.training_text import cut_text
+from writesae.cli.training_text import check_text, cut_text
 
 if TYPE_CHECKING:
     from writesae.evaluation.comparing.objectives import ObjectivesConfig
@@ -57,6 +57,7 @@ def objectives(
     config = replace(config, seed=seed, objectives=tuple(objective or config.objectives))
     check_outputs(out, figure)
     check_folder("--folder", folder)
+    check_text(text)
     counts = {"train": train_passages, "heldout": passages}
     if dry_run:
         reads = [passages_in_words(count, length, split, text) for split, count in counts.items()]

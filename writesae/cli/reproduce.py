@@ -16,7 +16,7 @@ from writesae.cli.dry_run import (
     training_part,
 )
 from writesae.cli.outputs import check_folder
-from writesae.cli.training_text import cut_text
+from writesae.cli.training_text import check_text, cut_text
 from writesae.report.terminal import claims_table
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def reproduce(
     config = ReproduceConfig.of(model, quick=quick, text=folder, **sizes)
     place = out or Path("results") / (Path(model).name + ("-quick" if quick else ""))
     check_folder("--out", place)
+    check_text(text)
     steps = check_steps(only or (), redo or ())
     if dry_run:
         left = [name for name in steps if name in (redo or ()) or not (place / f"{name}.json").is_file()]

@@ -9,7 +9,7 @@ from writesae.cli.base import DryRun, Json, app, console, load_model, print_json
 from writesae.cli.completion import complete_hook, complete_model, complete_preset
 from writesae.cli.dry_run import begin, forward_part, passages_in_words, training_part
 from writesae.cli.outputs import check_folder
-from writesae.cli.training_text import cut_text
+from writesae.cli.training_text import check_text, cut_text
 from writesae.report.terminal import quality_table
 
 if TYPE_CHECKING:
@@ -137,13 +137,11 @@ def text_flags(text: Path | None, passages: int | None, length: int | None, seed
 
 def plan_of(file: Path | None, flags: dict[str, Any]) -> "RunPlan":
     """The plan of a run's file with flags above it. Raises `ValueError` as `RunPlan` does, and for a folder without text."""
-    from writesae.stream.corpus import text_folder
     from writesae.training.plan import RunPlan, overridden, read_plan
 
     plan = RunPlan.from_dict(overridden({} if file is None else read_plan(file), flags))
-    if plan.text.folder is not None:
-        for split in ("train", *(["heldout"] if plan.text.heldout_passages else [])):
-            text_folder(plan.text.folder, split, plan.text.pattern)
+    splits = ("train", "heldout") if plan.text.heldout_passages else ("train",)
+    check_text(None if plan.text.folder is None else Path(plan.text.folder), splits, plan.text.pattern)
     return plan
 
 

@@ -12,6 +12,15 @@ PASSAGES = 600
 """How many there are where nothing says it."""
 
 
+def check_text(folder: Path | None, splits: tuple[str, ...] = ("train", "heldout"), pattern: str = "*.txt") -> None:
+    """Raise `ValueError` for a folder without text on these sides of the split, before a model is loaded."""
+    from writesae.stream.corpus import text_folder
+
+    for split in splits:
+        if folder is not None:
+            text_folder(folder, split, pattern)
+
+
 def training_text(
     model: "HookedRecurrentModel",
     provenance: Mapping[str, Any] | None = None,
