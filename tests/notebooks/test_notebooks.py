@@ -12,6 +12,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from hooked_recurrent import AttentionConfig, GatedDeltaNetConfig, HookedRecurrentModel, ModelConfig
 from notebooks import run
 
 NOTEBOOKS = run.found()
@@ -137,6 +138,30 @@ def test_committed_file(path, tmp_path):
     assert path.stat().st_size < MOST_BYTES
     run.save(run.settled(committed), tmp_path / "again.ipynb")
     assert (tmp_path / "again.ipynb").read_bytes() == path.read_bytes(), "not as `python -m notebooks.run` writes it"
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """A folder with a random model of Qwen3.5's kind: softmax layers between recurrent ones, more value than key heads."""
+    mixer = GatedDeltaNetConfig(n_heads=6, n_key_heads=3, d_k=8, d_v=12)
+    attention = AttentionConfig(n_heads=2, n_key_value_heads=1, d_head=16, rotary_dims=8)
+    layers = ("gated_delta_net", "attention", "gated_delta_net", "gated_delta_net", "attention")
+    tokenizer = HookedRecurrentModel.from_pretrained(MODEL).tokenizer
+    cfg = ModelConfig(d_model=32, d_vocab=4096, d_mlp=48, layer_types=layers, mixer=mixer, attention=attention)
+    return HookedRecurrentModel(cfg, tokenizer).save_pretrained(tmp_path_factory.mktemp("models") / "hybrid")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-mamba2", "tiny-rwkv7", "hybrid"])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_another_model_is_one_line(path, model, request, tmp_path):
+    """What a notebook says of its outputs is of the bundled model; its code is of any."""
+    name = str(request.getfixturevalue("hybrid")) if model == "hybrid" else model
+    text = path.read_text(encoding="utf-8")
+    assert text.count(f'MODEL = \\"{MODEL}\\"') == 1
+    edited = tmp_path / path.name
+    edited.write_text(text.replace(f'MODEL = \\"{MODEL}\\"', f'MODEL = \\"{name}\\"'), encoding="utf-8")
+    assert [word for rule in (unfinished, badly_told) for word in rule(run.execute(edited))] == []
 
 
 def test_every_notebook_has_a_line_in_the_index():

@@ -9,7 +9,15 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
 from hooked_recurrent.config import require_positive
 from writesae.evaluation.installing.install_context import PLACES, Context
-from writesae.evaluation.installing.install_lambda import Climb, at_cells, furthest_cells, refine, slope, steepest
+from writesae.evaluation.installing.install_lambda import (
+    Climb,
+    at_cells,
+    furthest_cells,
+    promising,
+    refine,
+    slope,
+    steepest,
+)
 
 
 def install_token(
@@ -19,6 +27,7 @@ def install_token(
     *,
     magnitude: float = 3.0,
     cell: tuple[int, int] | None = None,
+    spread: int = 1,
     new_tokens: int = 20,
     candidates: int = 16,
     rounds: int = 8,
@@ -37,35 +46,49 @@ def install_token(
         magnitude: norm of each added write in units of the native write's at its position.
         cell: (layer, head) that is written to. By default that of the `candidates` cells with the steepest gradient in which
             the refined writes get furthest.
+        spread: into how many cells to write at once, the most promising ones, each with its share of the norm: a head whose
+            read is normalised by itself can say only so much, many can say more.
         new_tokens: how many tokens of the continuation are looked at.
         candidates: how many cells are tried where none is given.
         rounds: rounds of ascent; half as many for a cell that is tried.
 
     Returns:
-        Three `WriteEdit`s of op "add", one per position, all in one cell.
+        `WriteEdit`s of op "add", one per position and cell.
 
     Raises:
         ValueError, IndexError: for a prompt that is too short or several, a target or cell that does not exist, and sizes
-            that are not positive.
+            that are not positive; a cell beside a spread.
     """
     _check(model, tokens, target, cell)
     require_positive("install_token", magnitude=magnitude, new_tokens=new_tokens, candidates=candidates, rounds=rounds)
+    require_positive("install_token", spread=spread)
+    if cell is not None and spread > 1:
+        raise ValueError(
+            f"install_token takes a cell or a spread over several, got cell={tuple(cell)} and spread={spread}"
+        )
     context = Context.open(model, tokens, 0, tokens.shape[1] - 1, new_tokens)
     wanted = torch.tensor([target], device=context.text.device)
     climb = Climb("greedy", new_tokens, "in_recurrence", "native")
     layers: Sequence[int] = model.cfg.recurrent_layers if cell is None else [cell[0]]
     start = slope(model, context, wanted, [], climb, layers)
-    if cell is None:
+    cells: tuple[tuple[int, int], ...]
+    if cell is not None:
+        cells = ((int(cell[0]), int(cell[1])),)
+    elif spread > 1:
+        cells = tuple(promising(context, start.writes, spread)[0])
+    else:
         options = {"candidates": candidates, "rounds": rounds // 2}
         cells = furthest_cells(model, context, wanted, start, climb, magnitude, **options)
-    else:
-        cells = ((int(cell[0]), int(cell[1])),)
-    layer, head = cells[0]
-    norms = context.native_norms(layer)[None, :, head] * magnitude
-    first = steepest(cells, at_cells(start.writes, cells), norms, climb.split)
+    together = len(cells)
+    native = torch.stack([context.native_norms(layer)[:, head] for layer, head in cells])
+    norms = native * (magnitude / together**0.5)
+    first = steepest(cells, at_cells(start.writes, cells, together), norms, climb.split, together)
     found, _ = refine(model, context, wanted, first, norms, climb, rounds)
-    sides = zip(range(context.first, context.position + 1), found.key[0], found.value[0], strict=True)
-    return [WriteEdit(layer, head, position, "add", key, value) for position, key, value in sides]
+    return [
+        WriteEdit(layer, head, context.first + place, "add", found.key[row, place], found.value[row, place])
+        for row, (layer, head) in enumerate(cells)
+        for place in range(PLACES)
+    ]
 
 
 def _check(model: HookedRecurrentModel, tokens: Tensor, target: int, cell: tuple[int, int] | None) -> None:

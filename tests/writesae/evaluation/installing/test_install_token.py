@@ -9,6 +9,8 @@ from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae.evaluate import install_token
 from writesae.evaluation.installing.install_lambda import objective
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 TARGET, STEPS = 11, 4
 SMALL = {"new_tokens": STEPS, "candidates": 3, "rounds": 4}
 over_rules = pytest.mark.parametrize("rule", RULES)
