@@ -4,6 +4,7 @@
 #   make test                the test suite;  make test-all  also its slow tests
 #   make test-sae-lens       the part of it that needs SAELens, which lives in an environment of its own
 #   make lint                ruff and mypy
+#   make package             the archives that would be published, in dist/, checked
 #   make notebooks           run every notebook from top to bottom and keep what it shows
 #   make docs                the documentation as a site, in site/
 #   make benchmarks          timings, with an allocator setting that keeps page faults out of them
@@ -23,9 +24,9 @@ WORKERS ?= 2
 ALLOCATOR := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
 # The scripts that time something on a CPU; the others of benchmarks/ compile, compute, or need a GPU.
-TIMED := $(wildcard $(patsubst %,benchmarks/%.py,interventions scan forward))
+TIMED := $(wildcard $(patsubst %,benchmarks/%.py,import_time interventions scan forward))
 
-.PHONY: demo reproduce chromium test test-sae-lens test-all lint notebooks docs benchmarks kernels clean
+.PHONY: demo reproduce chromium test test-sae-lens test-all lint package notebooks docs benchmarks kernels clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,7 +37,7 @@ $(INSTALLED): pyproject.toml
 $(LENS_INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(LENS)
 	$(LENS)/bin/pip install --quiet '$(TORCH)'
-	$(LENS)/bin/pip install --quiet -e '.[tests,sae-lens]'
+	$(LENS)/bin/pip install --quiet -e '.[pytest,sae-lens]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -55,7 +56,7 @@ test: $(INSTALLED) chromium test-sae-lens
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 test-sae-lens: $(LENS_INSTALLED)
-	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) -m sae_lens tests/writesae/interop tests/benchmarks
+	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) -m sae_lens tests/writesae/interop tests/benchmarks/test_sae.py
 	$(ONE_THREAD) $(LENS)/bin/python -m pytest -n $(WORKERS) tests/hooked_recurrent/compat
 
 test-all: $(INSTALLED) chromium test-sae-lens
@@ -65,11 +66,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Without isolation: the backend that tests/test_packages.py builds with, and nothing to download.
+package: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
 notebooks: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m notebooks.run
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 benchmarks: $(INSTALLED) $(LENS_INSTALLED)
 	set -e; for script in $(TIMED); do echo "== $$script"; $(ALLOCATOR) $(BIN)/python $$script; done
@@ -79,5 +86,5 @@ kernels: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python benchmarks/compiled_kernels.py
 
 clean:
-	rm -rf .venv $(LENS) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out
+	rm -rf .venv $(LENS) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache demo_out site artefacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,10 +4,12 @@ A `ModelConfig` describes the residual stream and names the kind of every layer;
 describes its heads. Sizes that only follow from others are properties, so no two fields can disagree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, ClassVar, get_args
 
 import torch
 
@@ -20,8 +22,71 @@ BACKENDS = ("auto", "step", "chunked", "triton")
 """The scans; see scan/dispatch.py."""
 
 
+def refuse_unknown(owner: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise `TypeError` for the first given name that `owner` does not take, with the nearest that it does."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{owner} takes no {name!r}; {hint}")
+
+
+def check_device(device: Any) -> torch.device:
+    """The device of that name. Raises `ValueError` for a name that torch does not know."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be such as 'cpu', 'cuda' or 'cuda:0', got {device!r}") from None
+
+
+KINDS = {int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "text"), bool: (bool, "True or False")}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a plain kind; True counts as no number."""
+    return isinstance(value, KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
 class StrictConfig:
-    """Base of every config: `from_dict` refuses unknown keys by name, `to_dict` gives plain JSON values."""
+    """Base of every config: unknown fields and values of another kind are refused by name; `to_dict` gives plain JSON values.
+
+    Only fields of plain kinds (whole number, number, text, True or False, or None beside them) are checked here: what a value
+    may be beyond its kind is checked by the class itself.
+    """
+
+    def __new__(cls, *values: Any, **given: Any):
+        """Refuse a keyword that is no field, with the nearest one."""
+        refuse_unknown(cls.__name__, given, [field.name for field in fields(cls) if field.init])  # type: ignore[arg-type]
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Check the kinds before a class's own `__post_init__` compares the values."""
+        super().__init_subclass__(**more)
+        own = cls.__dict__.get("__post_init__")
+
+        def checked(self: Any) -> None:
+            self._check_kinds()
+            if own is not None:
+                own(self)
+
+        cls.__post_init__ = checked  # type: ignore[attr-defined]
+
+    def _check_kinds(self) -> None:
+        for one in fields(self):  # type: ignore[arg-type]
+            kinds = get_args(one.type) if isinstance(one.type, UnionType) else (one.type,)
+            plain = [kind for kind in kinds if kind is not type(None)]
+            value = getattr(self, one.name)
+            if all(kind in KINDS for kind in plain) and not (len(plain) < len(kinds) and value is None):
+                if not any(_is_of(value, kind) for kind in plain):
+                    wanted = " or ".join(KINDS[kind][1] for kind in plain)
+                    raise TypeError(f"{type(self).__name__}.{one.name} must be {wanted}, got {value!r}")
+
+    @classmethod
+    def given(cls, config: Any) -> Any:
+        """A config of this class as it is, and the default one for None. Raises `TypeError` for anything else."""
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config must be a {cls.__name__}, got {type(config).__name__}")
+        return cls() if config is None else config
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]):
@@ -29,6 +94,8 @@ class StrictConfig:
 
         A list becomes a tuple, which is what the fields hold: JSON and YAML know no tuples.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{cls.__name__} is made of a mapping of its fields, got {type(values).__name__}")
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:

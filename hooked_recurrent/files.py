@@ -19,6 +19,17 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with those above it. Raises an `OSError` in plain words where something stands in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        raise NotADirectoryError(f"cannot write into {folder}: {there} is a file, not a folder") from None
+    except PermissionError:
+        raise PermissionError(f"cannot make {folder}: no permission; give another place") from None
+
+
 def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write several files of one folder, which is made where it is missing.
 
@@ -26,7 +37,10 @@ def write_together(folder: Path, writers: Mapping[str, Callable[[Path], object]]
     writes to the path it is handed); only when all of them are on the disk are they renamed into place. So a full disk or
     a killed process leaves the earlier files as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    for name in writers:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"cannot write the file {folder / name}: it is a folder")
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{next(iter(writers), '')}.") as scratch:
         for name, write in writers.items():
             write(Path(scratch) / name)

@@ -6,7 +6,8 @@ in a prefill, a continuation and a generated token. And a function marked by `re
 caching never pushes the model off its fast path.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -62,6 +63,32 @@ def in_use(module: Module) -> bool:
     return any(point.in_use for point in module.modules() if isinstance(point, RecurrentHookPoint))
 
 
+def _check_function(function: Any, name: str | None) -> None:
+    """Raise `TypeError` unless the function can be called as fn(tensor, hook=...), as far as its signature tells."""
+    if not callable(function):
+        raise TypeError(f"what is attached to {name} must be a function of (tensor, hook), got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # builtins have none
+        return
+    try:
+        signature.bind(None, hook=None)
+    except TypeError as error:
+        shown = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"a hook function is called as fn(tensor, hook=...), and {shown}{signature} cannot be: {error}"
+        ) from None
+
+
+def check_pairs(word: str, pairs: Any) -> list[tuple[Any, Callable]]:
+    """The hooks of a call as a list. Raises `TypeError` unless they are pairs (name or filter, function)."""
+    found = list(pairs) if isinstance(pairs, Iterable) else [pairs]
+    for pair in found:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise TypeError(f"{word} must be a list of pairs (name, function), got {pair!r} in it")
+    return found
+
+
 class RecurrentHookPoint(HookPoint):
     """A HookPoint of a recurrent model; see the module docstring."""
 
@@ -81,7 +108,15 @@ class RecurrentHookPoint(HookPoint):
         return self.clock.positions
 
     def add_hook(self, hook: Callable, dir: str = "fwd", *args: Any, **kwargs: Any) -> Any:
-        """As in transformer_lens; remembers whether the function only reads."""
+        """As in transformer_lens; remembers whether the function only reads.
+
+        Raises:
+            TypeError: what cannot be called as fn(tensor, hook=...).
+            ValueError: a direction other than "fwd" and "bwd".
+        """
+        _check_function(hook, self.name)
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
         before = {handle.hook.id for handle in self.fwd_hooks}
         result = super().add_hook(hook, dir, *args, **kwargs)  # type: ignore[arg-type]
         if dir == "fwd" and promises_to_read(hook):

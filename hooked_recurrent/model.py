@@ -10,6 +10,7 @@ Step equivalence: for any edits, and any hook functions of absolute positions, o
 state on, and token by token give the same logits, caches and final state up to rounding.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from hooked_recurrent.cache.run_with_cache import CachingMixin
 from hooked_recurrent.compat import HookedRootModule
 from hooked_recurrent.compat.directions import DirectionsMixin, TiedUnembed
 from hooked_recurrent.compat.names import first_name, unknown_hook
-from hooked_recurrent.config import ModelConfig
+from hooked_recurrent.config import ModelConfig, refuse_unknown
 from hooked_recurrent.display.model import ShownModel
 from hooked_recurrent.edits import Edit, attached
 from hooked_recurrent.factors import picked, state_dtype
 from hooked_recurrent.generation import GenerationMixin
-from hooked_recurrent.hooks import Clock, RecurrentHookPoint, in_use
+from hooked_recurrent.hooks import Clock, RecurrentHookPoint, check_pairs, in_use
 from hooked_recurrent.layers.linear import Linear, linear
 from hooked_recurrent.layers.norm import make_norm
 from hooked_recurrent.mixers.base import Call
@@ -318,6 +319,17 @@ class HookedRecurrentModel(ShownModel, TextMixin, GenerationMixin, CachingMixin,
         """As in transformer_lens; an unknown name is answered with the nearest ones."""
         super().add_hook(self.checked_hook_name(name), hook, *args, **kwargs)
 
+    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any) -> Any:
+        """As in transformer_lens; `TypeError` for what is no list of pairs (name, function)."""
+        pairs = check_pairs("fwd_hooks", fwd_hooks), check_pairs("bwd_hooks", bwd_hooks)
+        return super().hooks(*pairs, *args, **kwargs)
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformer_lens; `TypeError` for an unknown keyword, with the nearest one."""
+        own = ("fwd_hooks", "bwd_hooks", "reset_hooks_end", "clear_contexts")
+        refuse_unknown("run_with_hooks", kwargs, (*own, *FORWARD_OPTIONS))
+        return super().run_with_hooks(*args, **kwargs)
+
     def _enable_hook(self, name: Any, hook: Callable, dir: Any) -> None:
         super()._enable_hook(self.checked_hook_name(name), hook, dir)
 
@@ -331,6 +343,10 @@ class HookedRecurrentModel(ShownModel, TextMixin, GenerationMixin, CachingMixin,
     def parameter_count(self) -> int:
         """Number of weights, a tied matrix counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+FORWARD_OPTIONS = tuple(inspect.signature(HookedRecurrentModel.forward).parameters)[1:]
+"""What a call of the model takes by name."""
 
 
 def next_token_loss(

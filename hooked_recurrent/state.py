@@ -103,6 +103,8 @@ class RecurrentState:
 
     def fork(self, ways: int) -> "RecurrentState":
         """Each sequence repeated `ways` times in a row: row b becomes rows b * ways ... b * ways + ways - 1."""
+        if not isinstance(ways, int):
+            raise TypeError(f"a state is forked a whole number of ways, got {ways!r}")
         if ways < 1:
             raise ValueError(f"a state is forked at least 1 way, got {ways}")
         return self.map(lambda tensor: tensor.repeat_interleave(ways, dim=0))

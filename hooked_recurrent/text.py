@@ -37,7 +37,11 @@ class TextMixin:
             cut either way.
         """
         tokenizer = self._need_tokenizer()
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+            raise TypeError(f"to_tokens takes a text or a list of texts, got {_kind(text)}")
+        if not texts:
+            raise ValueError("to_tokens takes one text at least, got an empty list")
         bos = tokenizer.bos_token_id
         if prepend_bos is None:
             prepend_bos = bos is not None
@@ -55,18 +59,32 @@ class TextMixin:
 
     def to_string(self, tokens: Int[Tensor, "*shape"] | list[int] | int) -> str | list[str]:
         """The text of one sequence, or a list of texts for a batch."""
-        tokenizer, tokens = self._need_tokenizer(), torch.as_tensor(tokens)
+        tokenizer, tokens = self._need_tokenizer(), self._ids(tokens)
         if tokens.ndim == 2:
             return [tokenizer.decode(row.tolist()) for row in tokens]
         return tokenizer.decode(tokens.reshape(-1).tolist())
 
     def to_str_tokens(self, text: str | Int[Tensor, "*batch pos"], prepend_bos: bool | None = None) -> list[str]:
         """Each token of one text, or of one row of tokens, as its own string."""
-        tokens = self.to_tokens(text, prepend_bos) if isinstance(text, str) else torch.as_tensor(text)
+        tokens = self.to_tokens(text, prepend_bos) if isinstance(text, str) else self._ids(text)
         if tokens.ndim == 2 and tokens.shape[0] != 1:
             raise ValueError(f"to_str_tokens takes one sequence, got a batch of {tokens.shape[0]}")
         tokenizer = self._need_tokenizer()
         return [tokenizer.decode([token]) for token in tokens.reshape(-1).tolist()]
+
+    def _ids(self, tokens: Any) -> Tensor:
+        """Token ids as a tensor. Raises `TypeError` for what is none, `IndexError` for one outside the vocabulary."""
+        try:
+            ids = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"expected token ids, got {_kind(tokens)}") from None
+        if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+            raise TypeError(f"token ids must be integers, got {ids.dtype}")
+        size = getattr(getattr(self, "cfg", None), "d_vocab", None) or len(self._need_tokenizer())
+        outside = ids[(ids < 0) | (ids >= size)]
+        if len(outside):
+            raise IndexError(f"token {int(outside[0])} is out of range: the vocabulary has {size} tokens")
+        return ids.long()
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token."""
@@ -74,6 +92,12 @@ class TextMixin:
         if len(row) != 1:
             raise ValueError(f"{text!r} is {len(row)} tokens, not one")
         return row[0]
+
+
+def _kind(given: Any) -> str:
+    if isinstance(given, list | tuple) and given:
+        return f"a list of {' and '.join(sorted({type(one).__name__ for one in given}))}"
+    return type(given).__name__
 
 
 BROKEN = "\ufffd"

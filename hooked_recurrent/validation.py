@@ -1,6 +1,6 @@
 """Checks at the door of a forward call, and the search for the first hook that turned NaN or Inf."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from hooked_recurrent.state import RecurrentState
 def check_tokens(tokens: Any, d_vocab: int) -> Int[Tensor, "batch pos"]:
     """Integer tokens [batch, pos] within the vocabulary, with a batch axis added to [pos]; else one clear error."""
     if not isinstance(tokens, Tensor):
+        if isinstance(tokens, str):
+            raise TypeError("expected a tensor of tokens, got text: model.to_tokens(text) makes one of it")
         what = type(tokens).__name__
-        if isinstance(tokens, list) and tokens:
-            what = f"a list of {' and '.join(sorted({type(one).__name__ for one in tokens}))}"
+        if isinstance(tokens, list):
+            what = f"a list of {' and '.join(sorted({type(one).__name__ for one in tokens}) or ['nothing'])}"
         raise TypeError(f"expected text or a tensor of tokens, got {what}")
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"tokens must be integers, got {tokens.dtype}")
@@ -56,6 +58,8 @@ def check_edits(edits: Any) -> tuple[Edit, ...]:
     """Any iterable of edits, as a tuple; anything else is one clear error."""
     if isinstance(edits, Edit):
         raise TypeError(f"edits must be several, got a single {type(edits).__name__}: put it into a list")
+    if not isinstance(edits, Iterable):
+        raise TypeError(f"edits must be a list of edits, got {type(edits).__name__}: () is none")
     edits = tuple(edits)
     for edit in edits:
         if not isinstance(edit, Edit):
@@ -86,6 +90,8 @@ def check_stop(
     return_state: bool = False,
 ) -> int:
     """The number of blocks that run below `stop_at_layer`; raises where what is asked for needs more than these."""
+    if not isinstance(stop_at_layer, int):
+        raise TypeError(f"stop_at_layer must be a layer's number, got {stop_at_layer!r}")
     if not -n_layers <= stop_at_layer <= n_layers:
         raise IndexError(f"stop_at_layer {stop_at_layer} is out of range: the model has {n_layers} layers")
     last = stop_at_layer % n_layers if stop_at_layer < 0 else stop_at_layer

@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from contextlib import contextmanager
 
 # Set before torch, transformers and matplotlib read them; a test that tried the network would hang a closed machine.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Triton decides as it is imported whether kernels are compiled for a GPU or interpreted on the CPU; the tests interpret them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -45,3 +47,39 @@ def _same_seed_for_every_test():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shapes_on_one_rule(request):
+    """Under the mark `shapes_on_one_rule`: the shape checks are on for RWKV-7, which has every role, and off for other rules.
+
+    Values are compared for all of them. On a tiny model the checks take longer than all that they check, and what differs
+    between rules is checked, with every shape, in the tests of the mixers, of the scan and of the model.
+    """
+    if request.node.get_closest_marker("shapes_on_one_rule") is None or not hasattr(request.node, "callspec"):
+        yield
+        return
+    from tests.hooked_recurrent.models import STACKS
+
+    given = request.node.callspec.params.values()
+    stacks = [
+        STACKS.get(value, ()) if isinstance(value, str) else value for value in given if isinstance(value, str | tuple)
+    ]
+    rules = {rule for stack in stacks for rule in stack if isinstance(rule, str)} & {*STACKS}
+    with _shape_checks(not rules or "rwkv7" in rules):
+        yield
+
+
+@pytest.fixture
+def as_users_run():
+    """Switch the shape checks of the test run off: bad input then meets the library's own errors, as it does for users."""
+    with _shape_checks(False):
+        yield
+
+
+@contextmanager
+def _shape_checks(wanted: bool):
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", before or not wanted)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -111,7 +111,8 @@ class WriteSAEConfig(StrictConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "WriteSAEConfig":
         """As every config; JSON's lists become tuples."""
-        return super().from_dict({name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        found: WriteSAEConfig = super().from_dict(values)
+        return found
 
     @classmethod
     def preset(cls, name: str, d_k: int, d_v: int, **fields: Any) -> "WriteSAEConfig":

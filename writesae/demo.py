@@ -93,7 +93,7 @@ def run_demo(
     model: HookedRecurrentModel, out: Path, config: DemoConfig | None = None, progress: Progress | None = None
 ) -> DemoResult:
     """Run the whole demo and write its folder; everything random follows from `config.seed`."""
-    config = config or DemoConfig()
+    config = DemoConfig.given(config)
     tell = progress or (lambda stage, done, total: None)
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}

@@ -11,11 +11,13 @@ from writesae.evaluation.comparing.baselines import BaselinesConfig, baselines
 from writesae.evaluation.comparing.encoder_swap import EncoderSwapConfig, encoder_swap
 from writesae.evaluation.comparing.objectives import ObjectivesConfig, compare_objectives
 from writesae.evaluation.describing.class_differences import ClassDifferencesConfig, class_differences
+from writesae.evaluation.describing.contexts import contexts_html, top_contexts
 from writesae.evaluation.describing.partition import PartitionConfig, partition
 from writesae.evaluation.describing.perplexity import PerplexityConfig, perplexity
 from writesae.evaluation.describing.selectivity import SelectivityConfig, selectivity
 from writesae.evaluation.firings import encode_cell, sample_firings
 from writesae.evaluation.installing.install import InstallConfig, install
+from writesae.evaluation.installing.install_token import install_token
 from writesae.evaluation.predicting.logit_search import strongest_edits
 from writesae.evaluation.predicting.logit_shift import LogitShiftConfig, logit_shift
 from writesae.evaluation.predicting.sign_test import SignTestConfig, sign_test
@@ -49,10 +51,12 @@ __all__ = [
     "baselines",
     "class_differences",
     "compare_objectives",
+    "contexts_html",
     "encode_cell",
     "encoder_swap",
     "erasure",
     "install",
+    "install_token",
     "logit_shift",
     "partition",
     "passage_test",
@@ -66,4 +70,5 @@ __all__ = [
     "steering",
     "strongest_edits",
     "sweep_cells",
+    "top_contexts",
 ]

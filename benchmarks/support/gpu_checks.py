@@ -66,12 +66,11 @@ def leaves_of(factors: Factors, state: Tensor) -> dict[str, Tensor]:
     return {name: tensor.detach().requires_grad_() for name, tensor in (present | {"initial_state": state}).items()}
 
 
-def check_scan(case: Case, length: int, device: torch.device) -> Iterator[Check]:
+def check_scan(case: Case, length: int, device: torch.device, *, batch: int = 2, heads: int = 3) -> Iterator[Check]:
     """Reads, final state and every gradient of `triton_scan`."""
     from hooked_recurrent.scan.kernels.scan import triton_scan
 
-    factors = random_factors(case, length, device)
-    batch, _, heads, _ = factors.query.shape
+    factors = random_factors(case, length, device, batch=batch, heads=heads)
     state = Draw(batch, 1, heads, torch.float32, device, seed=2).state(case.d_k, case.d_v)
     rows = torch.randn(batch, length, heads, case.d_v, generator=torch.Generator().manual_seed(3)).to(device)
     weight, bound = torch.randn_like(state), BOUNDS[case.dtype]
@@ -91,11 +90,13 @@ def _without_state(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in leaves.items() if name != "initial_state"}
 
 
-def check_packed(case: Case, device: torch.device, stops: tuple[int, ...] = (0, 5, 70, 71, 200)) -> Iterator[Check]:
+def check_packed(
+    case: Case, device: torch.device, stops: tuple[int, ...] = (0, 5, 70, 71, 200), *, heads: int = 3
+) -> Iterator[Check]:
     """Packed sequences of several lengths, each against the reference by itself."""
     from hooked_recurrent.scan.kernels.scan import triton_scan
 
-    factors = random_factors(case, stops[-1], device, batch=1)
+    factors = random_factors(case, stops[-1], device, batch=1, heads=heads)
     result = triton_scan(factors, cu_lengths=torch.tensor(stops, device=device))
     pieces = [slice(*ends) for ends in zip(stops, stops[1:], strict=False)]
     expected = [step_scan(factors.at(piece).map(torch.Tensor.double)) for piece in pieces]

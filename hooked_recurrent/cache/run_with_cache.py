@@ -1,5 +1,6 @@
 """run_with_cache: one run whose activations are kept, and one backward pass whose gradients are."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from hooked_recurrent.cache import RecurrentCache
 from hooked_recurrent.cache.backward import off_the_graph, run_backward, weights_apart
 from hooked_recurrent.cache.saving import Indices, Kept, Recorder, cache_filter
+from hooked_recurrent.config import refuse_unknown
 from hooked_recurrent.state import RecurrentState
 from hooked_recurrent.validation import check_stop
 
@@ -57,6 +59,8 @@ class CachingMixin:
             KeyError, IndexError, TypeError, ValueError: for names, positions or heads that this run does not have, and for
                 a scalar that is none.
         """
+        own = list(inspect.signature(CachingMixin.run_with_cache).parameters)[2:-1]
+        refuse_unknown("run_with_cache", model_kwargs, (*own, *inspect.signature(self.forward).parameters))
         state, stop = model_kwargs.get("state"), model_kwargs.get("stop_at_layer")
         tokens = self._tokens(model_args[0] if model_args else model_kwargs.pop("input", None))
         if remove_batch_dim and not return_cache_object:

@@ -28,6 +28,8 @@ def cache_filter(names_filter: Callable[[str], bool] | Iterable[str] | str | Non
         return [name for name in names if not name.endswith(MATRIX_HOOKS)]
     if callable(names_filter):
         return [name for name in names if names_filter(name)]
+    if not isinstance(names_filter, Iterable):
+        raise TypeError(f"names_filter must be hook names or a function of one, got {type(names_filter).__name__}")
     wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
     found = [first_name(name, names) for name in wanted]
     for name, known in zip(wanted, found, strict=True):

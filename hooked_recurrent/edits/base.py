@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, Field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import hooked_recurrent.edits.positions as places
+from hooked_recurrent.config import refuse_unknown
 from hooked_recurrent.display.html import card, table
 from hooked_recurrent.edits.positions import Position
 
@@ -34,6 +36,11 @@ class Edit(ABC):
     """Factor for op scale, where the class has this field."""
     batch: Rows
     """Batch rows to edit; None edits all."""
+
+    def __new__(cls, *values: Any, **given: Any):
+        """Refuse a keyword that is no field, with the nearest one."""
+        refuse_unknown(cls.__name__, given, [name for name, one in cls.__dataclass_fields__.items() if one.init])
+        return super().__new__(cls)
 
     @property
     @abstractmethod
@@ -112,7 +119,14 @@ class Edit(ABC):
         for name in ("position", "batch"):
             given = getattr(self, name)
             if given is not None and not isinstance(given, int | slice | Tensor):
-                object.__setattr__(self, name, torch.as_tensor(given))
+                try:
+                    object.__setattr__(self, name, torch.as_tensor(given))
+                except (TypeError, ValueError, RuntimeError):
+                    raise TypeError(f"{name} must be a whole number, a slice or several numbers, got {given!r}") from None
+        for name in ("layer", "head"):
+            given = getattr(self, name, 0)
+            if given is not None and not isinstance(given, Integral):
+                raise TypeError(f"{name} must be one whole number, got {given!r}")
         places.check_position(self.position, self.site)
 
     def _check_choice(self, name: str, choices: Any) -> None:
@@ -124,6 +138,8 @@ class Edit(ABC):
         """Whether scale is there exactly when the op wants it, and is finite."""
         if (self.scale is not None) != (self.op == "scale"):
             raise ValueError(f"op {self.op!r} {'needs' if self.op == 'scale' else 'takes no'} scale")
+        if self.scale is not None and not isinstance(self.scale, Real):
+            raise TypeError(f"the scale of the edit at {self.where} must be a number, got {self.scale!r}")
         if self.scale is not None and not math.isfinite(self.scale):
             raise ValueError(f"the scale of the edit at {self.where} is {self.scale}, expected a finite number")
 

@@ -196,6 +196,8 @@ class GenerationMixin:
         verbose: bool,
     ) -> _Run:
         """Check what was asked for and make it ready; nothing has run and no hook is attached yet."""
+        if not isinstance(max_new_tokens, int):
+            raise TypeError(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if return_type not in RETURN_TYPES:

@@ -1,6 +1,6 @@
 """How the next token is chosen from the logits: greedily, or at random after transformers' own logits warpers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from hooked_recurrent.factors import state_dtype
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose; `do_sample=False` is greedy and looks at none of the others."""
+    """How to choose; `do_sample=False` is greedy, and the others must then be left as they are."""
 
     do_sample: bool = False
     """Whether to draw at random."""
@@ -26,7 +26,7 @@ class Sampling:
     """Taken off a token's logit, after the temperature, for every time that the text holds it (as in transformer_lens)."""
 
     def check(self, d_vocab: int) -> None:
-        """Raise `ValueError` for a number that is out of range."""
+        """Raise `ValueError` for a number that is out of range, and for one that a greedy choice would not look at."""
         if not self.temperature > 0:
             raise ValueError(f"temperature must be greater than 0, got {self.temperature}; do_sample=False is greedy")
         if self.top_k is not None and not 1 <= self.top_k <= d_vocab:
@@ -35,6 +35,11 @@ class Sampling:
             raise ValueError(f"top_p must be greater than 0 and at most 1, got {self.top_p}")
         if not self.freq_penalty >= 0:
             raise ValueError(f"freq_penalty must not be negative, got {self.freq_penalty}")
+        if not self.do_sample:
+            for one in fields(self):
+                came = getattr(self, one.name)
+                if came != one.default:
+                    raise ValueError(f"{one.name}={came} changes nothing in a greedy choice: give do_sample=True too")
 
     def choose(
         self,

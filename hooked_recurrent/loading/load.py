@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hooked_recurrent.config import ModelConfig
-from hooked_recurrent.files import sync
+from hooked_recurrent.config import ModelConfig, check_device
+from hooked_recurrent.files import make_folder, sync
 from hooked_recurrent.loading import delta_net, gla, kda, kimi, mamba2, qwen, rwkv7, rwkv7_official, world_tokenizer
 from hooked_recurrent.loading.checkpoint import (
     Checkpoint,
@@ -53,6 +53,11 @@ def load_pretrained(
         ValueError: for an unknown name or family, and a checkpoint that does not fit its config.
         FileNotFoundError: for a folder without config or weights.
     """
+    if not isinstance(name, str | Path):
+        raise TypeError(f"name must be a bundled model, a folder, a file or a hub name, got {type(name).__name__}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be torch.float32, float64, bfloat16 or float16, got {dtype!r}")
+    device = check_device(device)
     file = _find_file(name)
     if file is not None:
         folder, checkpoint, tokenizer = file.parent, _open_file(file), None
@@ -100,7 +105,7 @@ def save_pretrained(model: HookedRecurrentModel, folder: Path) -> Path:
         )
     config = family.config_to_hf(model.cfg) | {"dtype": str(model.dtype).removeprefix("torch.")}
     tensors = export(model, family.entries(model.cfg, [], family.SAVED_AS))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         save_file(tensors, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
         (Path(temporary) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -195,6 +200,23 @@ def _open_file(file: Path) -> Checkpoint:
     )
 
 
+def looks_local(name: str | Path) -> bool:
+    """Whether a name that was not found cannot be meant for the hub, whose names are "owner/name"."""
+    local = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
+    return local or Path(name).suffix in (*TORCH_FILES, ".safetensors")
+
+
+def unknown_model(name: str | Path) -> ValueError:
+    """The error for a name that is nothing known, with the nearest bundled model."""
+    bundled = bundled_models()
+    near = get_close_matches(str(name), bundled, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    known = ", ".join(bundled) or "none"
+    return ValueError(
+        f"{str(name)!r} is neither a folder, nor a hub name 'owner/name', nor a file, nor bundled ({known}){hint}"
+    )
+
+
 def _find_folder(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
@@ -202,15 +224,8 @@ def _find_folder(name: str | Path) -> Path:
     bundled = bundled_models()
     if str(name) in bundled:
         return bundled[str(name)]
-    looks_local = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or str(name).count("/") != 1
-    looks_local = looks_local or path.suffix in (*TORCH_FILES, ".safetensors")
-    if looks_local:
-        near = get_close_matches(str(name), bundled, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(bundled) or "none"
-        raise ValueError(
-            f"{str(name)!r} is neither a folder, nor a hub name 'owner/name', nor a file, nor bundled ({known}){hint}"
-        )
+    if looks_local(name):
+        raise unknown_model(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -220,7 +235,10 @@ def _find_folder(name: str | Path) -> Path:
             folder = Path(snapshot_download(str(name), allow_patterns=[*HUB_FILES, "pytorch_model.bin"]))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"could not fetch {str(name)!r} from the hub: {error}") from error
+        said = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        raise ValueError(
+            f"could not fetch {str(name)!r} from the hub ({said}), and there is no folder of that name here"
+        ) from error
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -44,6 +44,8 @@ def open_memory(source: Source, layer: int | None, heads: Indices, initial_state
         places, numbers = source.kept.head_places("head", heads)
         kept = None if matrix is None else matrix.detach().to(factors.query.device)[:, list(numbers)]
         return Memory(factors.map(lambda tensor: tensor[:, :, places]), kept, numbers)
+    if not isinstance(source, Factors):
+        raise TypeError(f"expected the cache of a run (run_with_cache) or Factors, got {type(source).__name__}")
     if layer is not None:
         raise ValueError(f"factors are of one layer already: layer {layer} can only be asked of a cache")
     chosen = indices("head", heads, source.query.shape[2])

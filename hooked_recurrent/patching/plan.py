@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from operator import index as whole
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from hooked_recurrent.cache import RecurrentCache
+from hooked_recurrent.config import refuse_unknown
 from hooked_recurrent.edits import Edit
 from hooked_recurrent.edits.write import Form
 from hooked_recurrent.model import HookedRecurrentModel
@@ -57,6 +58,7 @@ def plan_sweep(
     model: HookedRecurrentModel, tokens: Text, metric: Any, site: str, options: dict[str, Any]
 ) -> "SweepPlan":
     """Check everything that can be checked before a run."""
+    refuse_unknown("a sweep", options, [one.name for one in fields(SweepOptions)])
     given = SweepOptions(**options)
     chosen, axes = site_named(site), tuple(given.axes)
     if axes not in AXES:
@@ -69,7 +71,9 @@ def plan_sweep(
     if given.heads is not None and not chosen.by_head:
         raise ValueError(f"site {site!r} has no head axis: leave heads out")
     checked = model._tokens(tokens)
-    metrics = (metric,) * len(checked) if callable(metric) else tuple(metric or ())
+    if not callable(metric) and not isinstance(metric, list | tuple):
+        raise TypeError(f"a metric must be a function of the logits, or several such functions, got {metric!r}")
+    metrics = (metric,) * len(checked) if callable(metric) else tuple(metric)
     if not all(map(callable, metrics)):
         raise TypeError("a metric must be a function of the logits, or several such functions")
     if len(metrics) != len(checked):

@@ -119,6 +119,8 @@ class Sweep:
         path = Path(path)
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no saved sweep at {path}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no whole JSON file ({error})") from None
         if not isinstance(about, dict) or about.pop("format", None) != FORMAT:

@@ -9,6 +9,8 @@ from hooked_recurrent import reads_only
 from hooked_recurrent.hooks import Clock, RecurrentHookPoint, promises_to_read
 from tests.hooked_recurrent.models import HYBRID, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 
 def point_with(*functions, dir="fwd"):
     point = RecurrentHookPoint()

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from hooked_recurrent import LayerState, RecurrentState, WriteEdit
 from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, STACKS, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = 1e-12
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from tests.hooked_recurrent.edits.draws import BATCH, LENGTH, any_edits, composite, model_of
 from tests.hooked_recurrent.models import HYBRID, RULES, distance, over_stacks, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 TOLERANCE = 1e-9
 # Hooks of values whose sign the recurrence or the softmax counts on (or that are -inf by design): scaled, never shifted.
 SIGNED = ("hook_beta", "hook_dt", "hook_scale", "hook_attn_scores", "hook_pattern")

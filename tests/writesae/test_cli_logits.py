@@ -44,9 +44,9 @@ def test_logits_measures_the_cells_it_is_told(folder):
 
 
 def test_a_cell_is_two_numbers(folder):
-    assert parse_cell("2.1") == (2, 1)
+    assert parse_cell("2:1") == parse_cell("2.1") == (2, 1)
     for word in ("2", "2.1.0", "a.b", "-1.2"):
-        with pytest.raises(ValueError, match=r"layer\.head"):
+        with pytest.raises(ValueError, match="LAYER:HEAD"):
             parse_cell(word)
     result = run("logits", "--sae", folder / "sae", "--cell", "21", "--text", folder / "text", "--length", 32)
-    assert result.exit_code == 2 and "layer.head" in result.output
+    assert result.exit_code == 2 and "LAYER:HEAD" in result.output

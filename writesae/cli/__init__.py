@@ -1,26 +1,17 @@
 """The command line: parses and calls. Progress goes to standard error; tables and --json to standard output.
 
-writesae demo        the whole experiment on a bundled model, with a report
-writesae train       learn dictionaries, of one head or of many, from flags or a file
-writesae cache       keep what they are trained on on disk, and list what is there
-writesae objectives  compare what dictionaries are taught, by how well their atoms replace writes
-writesae replace     replace writes by the atoms of a saved dictionary
-writesae replace-cells  the same in every cell that has a dictionary
-writesae population  the same over many atoms, atom by atom
-writesae passage-test  leave out every write that some atoms stand for
-writesae logits      predict what adding atoms does to later logits, and measure it
-writesae erase       take away what atoms wrote, write them where they are silent
-writesae readers     find the later heads that read the writes of an atom
-writesae baselines   the same with what is no rank-1 dictionary: FlatSAE + SVD and others
-writesae encoder-swap  every pairing of encoder and decoder, at one budget
-writesae install     make tokens appear by writing into one head's memory, against controls
-writesae sign-test   edits of single cached states along a token's direction, measured against predicted
-writesae steer       generate with amplified atoms, and with controls of equal norm
-writesae models      the models that ship with the package
-writesae partition   which atoms look like one native write, and whether there are two kinds
-writesae perplexity  what reconstructed memories cost the text that follows
-writesae selectivity the paper's selectivity, and why it says little
-writesae convert     turn a .pt file of the paper's code into a dictionary of this package
+Start here         demo, models, reproduce
+Learn              train, cache list, cache write
+Look               report, view
+Replace            replace, replace-cells, population, passage-test
+Predict and steer  logits, sign-test, install, steer, erase
+Describe           partition, readers, selectivity, perplexity
+Compare            baselines, encoder-swap, objectives
+Files and records  convert
+
+A verb is a module with the options of its own. What all have, --config, --json, plain errors and the place in the help, comes
+from `base`; what every experiment on a dictionary has, the dictionary, its model, text, seed, results and the dry run, from
+`experiments`.
 """
 
 from writesae.cli import (
@@ -38,11 +29,13 @@ from writesae.cli import (
     population,
     readers,
     replace,
+    report,
     reproduce,
     selectivity,
     sign_test,
     steer,
     train,
+    view,
 )
 from writesae.cli.base import app
 
@@ -62,9 +55,11 @@ __all__ = [
     "population",
     "readers",
     "replace",
+    "report",
     "reproduce",
     "selectivity",
     "sign_test",
     "steer",
     "train",
+    "view",
 ]

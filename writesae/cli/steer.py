@@ -1,26 +1,31 @@
 """`writesae steer`: amplify the atoms that mark the places before a token, and count it in what is generated."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from writesae.cli.base import Json, Seed, app, plain_errors, progress
-from writesae.cli.experiments import Dictionary, ItsModel, Length, Out, PassageCount, TextFolder, open_study, show
+from writesae.cli.experiments import Study, Work, study_verb
+
+if TYPE_CHECKING:
+    from writesae.evaluation.acting.steering import SteeringConfig
+    from writesae.evaluation.result import Result
+    from writesae.sae.write_sae import WriteSAE
 
 Beside = Annotated[
     list[Path] | None,
     typer.Option(
-        "--also", help="Dictionary of another head of the layer, to steer together; may be given several times."
+        "--also",
+        help="Folder of the dictionary of another head of the layer, to steer together; may be given several times.",
     ),
 ]
+FEW_TOKENS = 10
+"""Tokens that a short run generates."""
 
 
-@app.command()
+@study_verb(passages=100, seed=123)
 def steer(
-    sae: Dictionary,
-    model: ItsModel = None,
-    out: Out = None,
     also: Beside = None,
     token: Annotated[
         list[int] | None,
@@ -33,48 +38,52 @@ def steer(
     ] = None,
     prompts: Annotated[int, typer.Option(help="How many prompts.")] = 40,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after each.")] = 100,
-    temperature: Annotated[float, typer.Option(help="Of the sampling.")] = 0.7,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead.")] = False,
-    passages: PassageCount = 100,
-    length: Length = 256,
-    text: TextFolder = None,
-    seed: Seed = 123,
-    as_json: Json = False,
-) -> None:
+    temperature: Annotated[float, typer.Option(help="Of the sampling; logits are divided by it.")] = 0.7,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
+    *,
+    seed: int,
+) -> Work:
     """Steer generation by amplified atoms, beside other atoms and Gaussian matrices of equal norm at every dose.
 
-    Example: writesae steer --sae runs/l9h4/sae --dose 1 --dose 5 --out steer.json
+    Example: writesae steer --sae runs/l2h1/sae --dose 1 --dose 5 --out steer.json
     """
-    with plain_errors():
-        from writesae.evaluation.acting.steering import SteeringConfig, steering
-        from writesae.sae.write_sae import WriteSAE
+    from writesae.evaluation.acting.steering import SteeringConfig, steering
+    from writesae.sae.write_sae import WriteSAE
 
-        config = SteeringConfig(
-            token=tuple(token) if token else None,
-            top=top,
-            doses=tuple(dose) if dose else SteeringConfig.doses,
-            prompts=prompts,
-            new_tokens=new_tokens,
-            temperature=temperature,
-            greedy=greedy,
-            seed=seed,
-        )
-        study = open_study(sae, model, passages=passages, length=length, seed=seed, text=text)
-        dictionaries = {study.head: study.sae}
-        for path in also or ():
-            other = WriteSAE.load(path)
-            layer, head = other.provenance.get("layer"), other.provenance.get("head")
-            if layer != study.layer or head is None or head in dictionaries:
-                needed = f"one of another head of layer {study.layer} is needed"
-                raise ValueError(f"{path} holds a dictionary of layer {layer}, head {head}; {needed}")
-            dictionaries[head] = other
-        with progress() as tell:
-            result = steering(
-                study.model,
-                dictionaries,
-                study.tokens,
-                layer=study.layer,
-                config=config,
-                on_progress=lambda done, total: tell("steer", done, total),
-            )
-        show(result, study, out, as_json)
+    sizes: dict = {
+        "top": top,
+        "prompts": prompts,
+        "new_tokens": new_tokens,
+        "temperature": temperature,
+        "greedy": greedy,
+    }
+    config = SteeringConfig(
+        token=tuple(token) if token else None, doses=tuple(dose or SteeringConfig.doses), seed=seed, **sizes
+    )
+    others = [(path, WriteSAE.load(path)) for path in also or ()]
+
+    def run(study: Study, config: "SteeringConfig") -> "Result":
+        heads = together(study, others)
+        return study.run_with(steering, heads, "steer", layer=study.layer, config=config)
+
+    doses = config.doses
+    return Work(
+        config,
+        run,
+        prompts * len(doses) * -(-new_tokens // FEW_TOKENS),
+        f"prompts of {FEW_TOKENS} new tokens at one dose",
+        at=lambda number: replace(config, prompts=number, doses=doses[:1], new_tokens=FEW_TOKENS),
+        small=1,
+    )
+
+
+def together(study: Study, others: "list[tuple[Path, WriteSAE]]") -> "dict[int, WriteSAE]":
+    """The dictionaries of several heads of a layer, by head; `ValueError` for one of another layer or of the same head."""
+    dictionaries = {study.head: study.sae}
+    for path, other in others:
+        layer, head = other.provenance.get("layer"), other.provenance.get("head")
+        if layer != study.layer or head is None or head in dictionaries:
+            needed = f"one of another head of layer {study.layer} is needed"
+            raise ValueError(f"{path} holds a dictionary of layer {layer}, head {head}; {needed}")
+        dictionaries[head] = other
+    return dictionaries

@@ -86,17 +86,44 @@ def trained_on(sae: WriteSAE, layer: int, head: int) -> Source:
     return Source(f"blocks.{layer}.mixer.hook_{kind}", head, form if kind == "write" else "additive")
 
 
+def require_cell(model: HookedRecurrentModel, layer: int, head: int) -> None:
+    """Raise `IndexError` unless the layer has a matrix memory and the head exists; both are counted from 0."""
+    cfg = model.cfg
+    if layer not in cfg.recurrent_layers:
+        raise IndexError(f"layer {layer} has no writes: the recurrent layers are {cfg.recurrent_layers}")
+    if not 0 <= head < cfg.n_heads:
+        raise IndexError(f"head {head} is out of range: the layer has heads 0 to {cfg.n_heads - 1}")
+
+
+def check_passages(tokens: object) -> None:
+    """Raise unless these are passages of tokens: `TypeError` for another kind of thing, `ValueError` for another shape."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a tensor [passage, pos], got {type(tokens).__name__}: passages(...).tokens is one")
+    if tokens.is_floating_point():
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must be [passage, pos] with a passage or more, got shape {tuple(tokens.shape)}")
+
+
+def check_atoms(sae: WriteSAE, atoms: Iterable[int]) -> None:
+    """Raise `IndexError` for a number that no atom of the dictionary has."""
+    for atom in atoms:
+        if not 0 <= atom < sae.config.n_atoms:
+            raise IndexError(f"atom {atom} is outside this dictionary of {sae.config.n_atoms} atoms")
+
+
 def check_cell(model: HookedRecurrentModel, sae: WriteSAE, layer: int, head: int) -> None:
     """Raise unless (layer, head) is a recurrent cell of the model whose writes or states the dictionary's atoms fit.
 
     IndexError for a layer or head without writes; ValueError for atoms of another shape, and a dictionary of vectors.
     """
+    if not isinstance(model, HookedRecurrentModel):
+        raise TypeError(f"model must be a HookedRecurrentModel, got {type(model).__name__}")
+    if not isinstance(sae, WriteSAE):
+        raise TypeError(f"sae must be a WriteSAE, got {type(sae).__name__}: WriteSAE.load(folder) reads a saved one")
     cfg = model.cfg
     trained_on(sae, layer, head)
-    if layer not in cfg.recurrent_layers:
-        raise IndexError(f"layer {layer} has no writes: the recurrent layers are {cfg.recurrent_layers}")
-    if not 0 <= head < cfg.n_heads:
-        raise IndexError(f"head {head} is out of range: the layer has heads 0 to {cfg.n_heads - 1}")
+    require_cell(model, layer, head)
     if (sae.config.d_k, sae.config.d_v) != (cfg.d_k, cfg.d_v):
         atoms, writes = (sae.config.d_k, sae.config.d_v), (cfg.d_k, cfg.d_v)
         raise ValueError(

@@ -1,10 +1,12 @@
 """Results as rich tables, for a terminal."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+if TYPE_CHECKING:  # the command line draws its help without waiting for it
+    import pandas as pd
 
 READINGS = {"in_recurrence": "at t", "cache": "at t + 1", "horizon": "next ones"}
 POOLS = {"listed": "listed", "dominant": "strongest"}
@@ -36,7 +38,7 @@ def models_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def cells_table(cells: pd.DataFrame, chosen: tuple[int, int]) -> Table:
+def cells_table(cells: "pd.DataFrame", chosen: tuple[int, int]) -> Table:
     """The survey of the cells; the chosen one is bold."""
     table = Table(
         "layer", "head", "half-life", "write norm", "KL of deleting a write", title="cells (medians)", box=SIMPLE_HEAD

@@ -9,6 +9,6 @@ paper      the paper's figures;  page  docs/results.md, ours beside them
 """
 
 from writesae.reproduce.config import ReproduceConfig
-from writesae.reproduce.run import Outcome, reproduce
+from writesae.reproduce.run import Outcome, check_steps, reproduce
 
-__all__ = ["Outcome", "ReproduceConfig", "reproduce"]
+__all__ = ["Outcome", "ReproduceConfig", "check_steps", "reproduce"]

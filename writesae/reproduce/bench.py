@@ -19,7 +19,8 @@ from writesae.sae.write_sae import WriteSAE
 from writesae.stream.corpus import Passages, passages, text_folder
 from writesae.stream.sources import Source
 from writesae.training import Job, train_many
-from writesae.training.objectives import ObjectiveConfig, best_dictionary
+from writesae.training.finetune import FinetuneConfig
+from writesae.training.objectives import BEST, ObjectiveConfig, train_objective
 
 SOURCES = {"write": ("hook_write", "additive"), "net": ("hook_write", "net"), "state": ("hook_state", "additive")}
 """What a plain dictionary may be trained on: the hook of its mixer, and the form."""
@@ -82,17 +83,16 @@ class Bench:
         """The plain dictionary of the run's own cell."""
         return self.dictionaries(source, [self.cell], [seed])[*self.cell, seed]
 
-    @cached_property
-    def best(self) -> WriteSAE:
-        """The run's cell under the objective that serves replacement best."""
-        place = self.folder / f"best-L{self.cell[0]}H{self.cell[1]}"
+    def taught(self, objective: str = BEST) -> WriteSAE:
+        """The dictionary of the run's cell for replacement, under one of `OBJECTIVES`, trained where missing."""
+        place = self.folder / f"{objective}-L{self.cell[0]}H{self.cell[1]}"
         if not (place / "config.json").is_file():
-            size = self.config
-            budget = ObjectiveConfig(n_atoms=size.best_atoms, k=size.k, steps=size.train_steps)
-            layer, head = self.cell
-            tokens, told = self.train_text.tokens.to(self.model.device), self.progress("best dictionary")
-            trained = best_dictionary(
-                self.model, tokens, layer=layer, head=head, config=budget, seed=size.seed, on_progress=told
+            size, (layer, head) = self.config, self.cell
+            kl = FinetuneConfig(steps=size.train_steps // 4)  # of these steps, where the objective has such
+            budget = ObjectiveConfig(n_atoms=size.best_atoms, k=size.k, steps=size.train_steps, finetune=kl)
+            tokens, told = self.train_text.tokens.to(self.model.device), self.progress(f"dictionary, {objective}")
+            trained = train_objective(
+                self.model, tokens, objective, layer=layer, head=head, config=budget, seed=size.seed, on_progress=told
             )
             trained.sae.save(place)
         return WriteSAE.load(place, self.model.device)

@@ -8,6 +8,9 @@ from typing import Any
 Summaries = Mapping[str, list[dict[str, Any]]]
 """By step, the rows of its summary, as `run.read` gives them."""
 
+GDN, MAMBA, RWKV = "gated_delta_net", "mamba2", "rwkv7"
+"""The rules for which the paper has figures."""
+
 FORMATS = {
     "share": lambda value: f"{value:.1%}",
     "points": lambda value: f"{100 * value:+.1f} points",

@@ -69,14 +69,12 @@ def reproduce(
     Raises:
         ValueError: an unknown step; a folder with the run of another config.
     """
-    for name in (*only, *redo):
-        require_one_of("reproduce", "step", name, tuple(STEPS))
+    wanted = check_steps(only, redo)
     out = Path(out)
     tell = on_progress or (lambda stage, done, total: None)
     about = _about(config, model.cfg.mixer.rule)
     _claim_folder(out, about)
     bench = Bench(model, config, out / "dictionaries", tell)
-    wanted = [name for name in STEPS if not only or name in only]
     for number, name in enumerate(wanted):
         tell("steps of the reproduction", number, len(wanted))
         if name in redo or not (out / f"{name}.json").is_file():
@@ -85,6 +83,13 @@ def reproduce(
             _keep(out, name, results, time.perf_counter() - start)
     tell("steps of the reproduction", len(wanted), len(wanted))
     return read(out)
+
+
+def check_steps(only: Collection[str] = (), redo: Collection[str] = ()) -> list[str]:
+    """The steps that are asked for, in order: `only` these, or all; `ValueError` for an unknown one, with the nearest."""
+    for name in (*only, *redo):
+        require_one_of("reproduce", "step", name, tuple(STEPS))
+    return [name for name in STEPS if not only or name in only]
 
 
 def read(out: str | Path) -> Outcome:

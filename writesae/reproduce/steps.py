@@ -35,11 +35,12 @@ def _replacement(bench: Bench) -> Results:
     size = bench.config
     config = ReplacementConfig(total=size.firings, per_atom=size.per_atom, seed=size.seed)
     fewer = replace(config, total=size.firings // 3)
-    return {
-        "best": bench.test(replacement, "replacement, best", bench.best, config),
-        "write": bench.test(replacement, "replacement, write", bench.dictionary("write"), fewer),
-        "state": bench.test(replacement, "replacement, state", bench.dictionary("state"), fewer),
-    }
+    results = {"best": bench.test(replacement, "replacement, best", bench.taught(), config)}
+    if not size.quick:
+        results["best_kl"] = bench.test(replacement, "replacement, best, then KL", bench.taught("relative_kl"), config)
+    for source in ("write", "state"):
+        results[source] = bench.test(replacement, f"replacement, {source}", bench.dictionary(source), fewer)
+    return results
 
 
 def _heads(bench: Bench) -> Results:
@@ -94,7 +95,7 @@ def _sign_test(bench: Bench) -> Results:
 
 
 def _install(bench: Bench) -> Results:
-    """The middle stratum at the paper's middle magnitude; the other strata there; and the other magnitudes."""
+    """The middle stratum at the paper's middle magnitude, in one head and in many; other strata; other magnitudes."""
     size, sae = bench.config, bench.dictionary()
     middle = InstallConfig(
         prompts=size.trials // 2, positions=1, cells=("auto",), strata=("middle",), magnitudes=(3.0,), seed=size.seed
@@ -105,6 +106,7 @@ def _install(bench: Bench) -> Results:
         others = replace(few, strata=("frequent", "rare", "semantic"), steering=False)
         doses = replace(few, magnitudes=(1.5, 6.0), steering=False)
         results |= {
+            "spread": bench.test(install, "install, many heads", sae, replace(middle, cells=("spread",))),
             "strata": bench.test(install, "install, strata", sae, others),
             "doses": bench.test(install, "install, doses", sae, doses),
         }

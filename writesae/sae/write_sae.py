@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 import writesae.sae.storage as storage
+from hooked_recurrent.config import check_device
 from hooked_recurrent.display import OneLine
 from writesae.config import WriteSAEConfig
 from writesae.sae.activations import ACTIVATIONS, Choice
@@ -113,6 +114,8 @@ class WriteSAE(ShownSAE, nn.Module):
 
     def atom(self, index: int) -> FactoredMatrix:
         """Atom `index` as a FactoredMatrix [d_k, d_v]; an index outside the dictionary raises `IndexError`."""
+        if not isinstance(index, int):
+            raise TypeError(f"an atom is named by its number, got {index!r}")
         if not -self.config.n_atoms <= index < self.config.n_atoms:
             raise IndexError(f"atom {index} is outside this dictionary of {self.config.n_atoms} atoms")
         return self.decoder.matrix(index)
@@ -129,6 +132,7 @@ class WriteSAE(ShownSAE, nn.Module):
         Raises `ValueError` when a width or the leading axes do not fit.
         """
         samples = self._factored(key, value)
+        _require_finite("key and value", key, value)
         return self.encode_samples(samples).reshape(key.shape[:-1])
 
     def encode_matrix(self, x: Float[Tensor, "*batch d_k d_v"]) -> Codes:
@@ -137,6 +141,7 @@ class WriteSAE(ShownSAE, nn.Module):
         Raises `ValueError` when the last two axes are not (d_k, d_v).
         """
         samples = self._matrices(x)
+        _require_finite("the matrices", x)
         return self.encode_samples(samples).reshape(x.shape[:-2])
 
     def encode_samples(self, samples: Samples) -> Codes:
@@ -155,7 +160,15 @@ class WriteSAE(ShownSAE, nn.Module):
         )
 
     def decode(self, codes: Codes) -> Float[Tensor, "*batch d_k d_v"]:
-        """The matrices sum_i a_i A_i (+ mean), raw units, built from the active atoms only."""
+        """The matrices sum_i a_i A_i (+ mean), raw units, built from the active atoms only.
+
+        Raises `TypeError` for what is no `Codes`, `IndexError` for an atom outside the dictionary.
+        """
+        if not isinstance(codes, Codes):
+            raise TypeError(f"decode takes the Codes that encode gives, got {type(codes).__name__}")
+        outside = codes.indices[(codes.indices < 0) | (codes.indices >= self.config.n_atoms)]
+        if len(outside):
+            raise IndexError(f"atom {int(outside[0])} is outside this dictionary of {self.config.n_atoms} atoms")
         k = codes.indices.shape[-1]
         x = self.decoder.decode(codes.indices.reshape(-1, k), codes.values.reshape(-1, k))
         x = x if self.mean is None else x + self.mean
@@ -252,7 +265,11 @@ class WriteSAE(ShownSAE, nn.Module):
             if value is None:
                 raise ValueError("calibrate_ needs samples, or the keys and the values of writes; got keys alone")
             samples = self._factored(samples, value)
+        if not len(samples):
+            raise ValueError("calibrate_ needs one sample at least, got none")
         power = samples.to(dtype=torch.float64).squared_norms().mean()
+        if not torch.isfinite(power):
+            raise ValueError("the samples given to calibrate_ hold NaN or Inf")
         if not power > 0:
             raise ValueError("every write given to calibrate_ is zero: this head writes nothing on these tokens")
         mean = samples.mean()
@@ -307,6 +324,7 @@ class WriteSAE(ShownSAE, nn.Module):
         Raises `ValueError` with one sentence for a missing or truncated file, an unknown format version or config key,
         missing or surplus tensors, wrong shapes, and tensors that hold NaN or infinity.
         """
+        device = check_device(device)
         tensors, header = storage.read_folder(Path(path))
         try:
             sae = cls(WriteSAEConfig.from_dict(header["config"]))
@@ -336,6 +354,8 @@ class WriteSAE(ShownSAE, nn.Module):
 
     def _factored(self, key: Tensor, value: Tensor) -> Factored:
         for name, tensor, width in (("key", key, self.config.d_k), ("value", value, self.config.d_v)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor [.., {width}], got {type(tensor).__name__}")
             if tensor.ndim == 0 or tensor.shape[-1] != width:
                 raise ValueError(f"{name} must end in d_{name[0]}={width}, got shape {tuple(tensor.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
@@ -345,6 +365,8 @@ class WriteSAE(ShownSAE, nn.Module):
         return Factored(key.reshape(count, key.shape[-1]), value.reshape(count, value.shape[-1])).to(dtype=self.dtype)
 
     def _matrices(self, x: Tensor) -> Matrices:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"matrices must be a tensor [.., d_k, d_v], got {type(x).__name__}")
         expected = (self.config.d_k, self.config.d_v)
         if tuple(x.shape[-2:]) != expected:
             hint = " (transposed?)" if tuple(x.shape[-2:]) == expected[::-1] else ""
@@ -367,3 +389,9 @@ class WriteSAE(ShownSAE, nn.Module):
         from writesae.interop.hub import fetch
 
         return cls.load(fetch(repo_id_or_folder, **where))
+
+
+def _require_finite(what: str, *tensors: Tensor) -> None:
+    """Raise `ValueError` for NaN or Inf, which would choose atoms at random."""
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise ValueError(f"{what} must be finite, got NaN or Inf")

@@ -72,6 +72,10 @@ class ActivationStream:
     ):
         if not sources:
             raise ValueError("a stream needs at least one source")
+        if batch_size < 1 or passages_per_forward < 1:
+            raise ValueError(
+                f"batch_size and passages_per_forward must be at least 1, got {batch_size} and {passages_per_forward}"
+            )
         if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] <= skip_positions:
             shape = tuple(tokens.shape)
             raise ValueError(

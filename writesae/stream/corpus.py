@@ -8,6 +8,7 @@ by the file's name (`hooked_recurrent.zoo.corpus`).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_recurrent.display import OneLine
-from hooked_recurrent.zoo.corpus import SourceFile, fingerprint, split_of
+from hooked_recurrent.zoo.corpus import SPLITS, SourceFile, fingerprint, split_of
 
 _CANDIDATES = 4  # passages cut for each that is kept, so that the kept ones come from many files
 
@@ -67,6 +68,10 @@ def text_folder(folder: str | Path, split: str, pattern: str = "*.txt") -> list[
     Raises:
         ValueError: no such folder, no file of that pattern, none on that side, or one that is not UTF-8.
     """
+    if split not in SPLITS:
+        near = get_close_matches(str(split), SPLITS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown split {split!r}: expected 'train' or 'heldout'{hint}")
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob(pattern) if path.is_file()) if folder.is_dir() else []
     if not paths:
@@ -118,6 +123,8 @@ def passages(
     Raises:
         ValueError: no tokenizer, length below 2, max_passages below 1, or no file with a full passage.
     """
+    if isinstance(files, str | Path) or not all(isinstance(file, SourceFile) for file in files):
+        raise TypeError("files must be SourceFiles, such as standard_library('train') or text_folder(folder, 'train')")
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is None:
         raise ValueError("this model has no tokenizer, so text cannot be cut into passages; give a tokenizer")

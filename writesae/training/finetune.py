@@ -184,7 +184,7 @@ def finetune(
         ValueError: dense atoms, an encoder of another width, passages too short, a loss that is not finite.
         IndexError: a layer or head without writes.
     """
-    config = config or FinetuneConfig()
+    config = FinetuneConfig.given(config)
     _check(model, sae, tokens, layer, head, config)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
     norms = sae.atom_norms().detach()

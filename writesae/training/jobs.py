@@ -94,8 +94,12 @@ def checked(jobs: Sequence[Job]) -> list[Job]:
 
 
 def tokens_of(text: Tensor | Passages) -> Int[Tensor, "passage pos"]:
-    """The tokens of a text."""
-    return text.tokens if isinstance(text, Passages) else text
+    """The tokens of a text; `TypeError` for what is neither `Passages` nor a tensor of tokens."""
+    if isinstance(text, Passages):
+        return text.tokens
+    if not isinstance(text, Tensor):
+        raise TypeError(f"tokens must be Passages (writesae.passages) or [passage, pos], got {type(text).__name__}")
+    return text
 
 
 def record_of(text: Tensor | Passages) -> dict[str, Any]:

@@ -34,9 +34,9 @@ def launch(
     there or not finished.
     """
     world = world or World.current()
+    jobs = jobs_of(model, plan)  # a hook that is not there is said before a text is read
     text = _cut(model, plan, "train", plan.text.passages)
     heldout = _cut(model, plan, "heldout", plan.text.heldout_passages) if plan.text.heldout_passages else None
-    jobs = jobs_of(model, plan)
     store = None
     if cache is not None:
         if world.is_main:
@@ -78,12 +78,13 @@ def write_cache(
     progress: Progress | None = None,
 ) -> ActivationStore:
     """Keep on disk what the plan's jobs read of the training text; see `ActivationStore.write` for what it raises."""
+    sources = list(dict.fromkeys(job.source for job in jobs_of(model, plan)))
     text = _cut(model, plan, "train", plan.text.passages)
     return ActivationStore.write(
         folder,
         model,
         text.tokens,
-        list(dict.fromkeys(job.source for job in jobs_of(model, plan))),
+        sources,
         dtype=dtype,
         passages_per_forward=plan.training.passages_per_forward,
         progress=(lambda done, total: progress("cache", done, total)) if progress else None,

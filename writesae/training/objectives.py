@@ -137,7 +137,7 @@ def train_objective(
         ValueError: an unknown objective, with the nearest name; and as `train` and `finetune` do.
         IndexError: a layer or head without writes.
     """
-    config = config or ObjectiveConfig()
+    config = ObjectiveConfig.given(config)
     require_one_of("train_objective", "objective", objective, tuple(OBJECTIVES))
     _check_cell(model, layer, head)
     what = OBJECTIVES[objective]

@@ -1,4 +1,4 @@
-"""A training run as a file says it (YAML or JSON), resolved down to the last default and checked before anything is loaded.
+"""A training run as a file says it (YAML, JSON, TOML), resolved to the last default and checked before anything is loaded.
 
     model: tiny-gated-deltanet
     text: {passages: 1200, length: 256}
@@ -11,6 +11,7 @@
 """
 
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -136,10 +137,11 @@ class RunPlan(StrictConfig):
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file. Raises `ValueError` when the file is missing or holds no mapping."""
+    """The mapping in a YAML, JSON or TOML file. Raises `ValueError` when the file is missing or holds no mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        values = tomllib.loads(text) if Path(path).suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping such as 'training: ...', got {type(values).__name__}")

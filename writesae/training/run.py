@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,6 +239,14 @@ def stream_of(
     )
 
 
+def check_model(model: Any) -> None:
+    """Raise `TypeError` for what is no model, such as the name of one."""
+    if not isinstance(model, HookedRecurrentModel):
+        raise TypeError(
+            f"model must be a HookedRecurrentModel, got {type(model).__name__}: HookedRecurrentModel.from_pretrained(name)"
+        )
+
+
 def train_many(
     model: HookedRecurrentModel,
     jobs: Sequence[Job],
@@ -278,11 +287,14 @@ def train_many(
             finite, a folder that holds another run (naming what differs) or no whole checkpoint.
         OSError: a checkpoint could not be written; the finished ones are untouched.
     """
+    check_model(model)
+    if resume and out is None:
+        raise ValueError("resume goes on from the checkpoints of a folder: give out as well")
     run = Run(
         model,
         jobs,
         tokens,
-        config or TrainConfig(),
+        TrainConfig.given(config),
         out=out,
         store=store,
         world=world,
@@ -325,6 +337,7 @@ def train(
     Raises:
         ValueError: see `train_many`.
     """
+    check_model(model)
     source = Source(hook, head)
     if sae_config is None:
         about = describe_source(model, source)

@@ -7,6 +7,8 @@ import torch
 
 from tests.hooked_recurrent.models import HYBRID, RULES, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-12
 
 

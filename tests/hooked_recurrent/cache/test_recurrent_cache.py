@@ -8,6 +8,8 @@ import torch
 from hooked_recurrent import WriteEdit, reads_only
 from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, RULES, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-12
 MATRICES = ("hook_write", "hook_state")
 

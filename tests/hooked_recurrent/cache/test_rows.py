@@ -10,6 +10,8 @@ from hooked_recurrent import StateEdit, WriteEdit
 from hooked_recurrent.memory import effective_attention
 from tests.hooked_recurrent.models import RULES, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-12
 ROWS = ([2, 0], (1, 3), 1, [1, 1], torch.tensor([0, 2]), np.array([1]), slice(None, None, 2))
 

@@ -9,6 +9,8 @@ from hooked_recurrent import WriteEdit
 from hooked_recurrent.memory import effective_attention, half_life, retention, spectrum
 from tests.hooked_recurrent.models import ALL_LINEAR, HYBRID, RULES, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-12
 ALL = slice(None)
 SCORES = ("hook_attn_scores", "hook_pattern", "hook_attn_scores_grad", "hook_pattern_grad")

@@ -20,6 +20,8 @@ from tests.hooked_recurrent.models import (
     tokens_of,
 )
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-9
 ALL = slice(None)
 

@@ -13,6 +13,8 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.compat import HookedRootModule
 from tests.hooked_recurrent.models import HYBRID, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 MAMBA = ("mamba2", "mamba2")
 
 

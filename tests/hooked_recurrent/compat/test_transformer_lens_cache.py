@@ -8,6 +8,8 @@ import torch
 from hooked_recurrent import WriteEdit
 from tests.hooked_recurrent.models import HYBRID, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-12
 MAMBA = ("mamba2", "mamba2")
 

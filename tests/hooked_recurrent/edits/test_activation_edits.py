@@ -18,6 +18,8 @@ from tests.hooked_recurrent.edits.draws import (
 )
 from tests.hooked_recurrent.models import HYBRID, STACKS, distance, over_stacks, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-9
 PRE, Z = "blocks.1.hook_resid_pre", "blocks.0.mixer.hook_z"
 

@@ -7,6 +7,8 @@ from hooked_recurrent import StateEdit, WriteEdit
 from tests.hooked_recurrent.edits.draws import model_of, random_tensor
 from tests.hooked_recurrent.models import RULES, distance, over_stacks, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 LAYER, HEAD, POSITION = 0, 2, 5
 EXACT = 1e-9
 SIDES = {"key": random_tensor(3), "value": random_tensor(5)}

@@ -19,6 +19,8 @@ from tests.hooked_recurrent.models import (
     tokens_of,
 )
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 LAYER, HEAD, POSITION = 0, 2, 5
 D_K, D_V = 3, 5
 EXACT = 1e-12

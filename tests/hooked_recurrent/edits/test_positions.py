@@ -8,6 +8,8 @@ from hooked_recurrent import ActivationEdit, StateEdit, WriteEdit
 from tests.hooked_recurrent.edits.draws import READINGS, model_of, random_tensor
 from tests.hooked_recurrent.models import distance, over_stacks, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 
 @over_stacks
 @pytest.mark.parametrize("position", [slice(2, 11, 2), slice(7, None), torch.tensor([9, 2, 7, 11, 3])], ids=str)

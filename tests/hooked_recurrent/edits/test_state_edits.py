@@ -13,6 +13,8 @@ from hooked_recurrent.scan import edited
 from tests.hooked_recurrent.edits.draws import BATCH, LENGTH, READINGS, model_of, random_tensor, state_edits
 from tests.hooked_recurrent.models import HYBRID, RULES, STACKS, distance, over_stacks, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 LAYER, HEAD, POSITION = 0, 2, 5
 D_K, D_V = 3, 5
 EXACT = 1e-9

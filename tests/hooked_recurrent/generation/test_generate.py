@@ -8,6 +8,8 @@ import torch
 from hooked_recurrent import WriteEdit
 from tests.hooked_recurrent.models import HYBRID, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 
 @lru_cache
 def model_of(layer_types=HYBRID, tokenizer=None):

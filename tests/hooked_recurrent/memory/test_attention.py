@@ -12,6 +12,8 @@ from hooked_recurrent.scan.step import step_scan
 from tests.hooked_recurrent.memory.runs import EXACT, LAYER, cache_of, model_of, product, runs, vectors
 from tests.hooked_recurrent.models import RULES, distance, random_factors, random_state, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 READ = f"blocks.{LAYER}.mixer.hook_read"
 EDITS = {
     "native": [],

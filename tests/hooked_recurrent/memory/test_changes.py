@@ -15,6 +15,8 @@ from hooked_recurrent.scan.step import step_scan
 from tests.hooked_recurrent.memory.runs import EXACT, LAYER, cache_of, model_of, runs, vectors
 from tests.hooked_recurrent.models import RULES, distance, random_factors, random_state, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 TERMS = {rule: 2 if rule == "rwkv7" else 1 for rule in RULES}
 """Of native runs: RWKV-7 alone removes along another key than it writes."""
 forms = st.fixed_dictionaries(

@@ -11,6 +11,8 @@ from hooked_recurrent.memory import retention
 from tests.hooked_recurrent.memory.runs import EXACT, LAYER, cache_of, product, runs, vectors
 from tests.hooked_recurrent.models import RULES, distance, random_factors
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 
 def by_hand(factors, positions):
     """remaining and cosine from T(t<-s) k_s, [batch, head, pos, write_pos, (term)]."""

@@ -11,6 +11,8 @@ from hooked_recurrent.scan.step import step_scan
 from tests.hooked_recurrent.memory.runs import EXACT, LAYER, cache_of, model_of, runs
 from tests.hooked_recurrent.models import RULES, distance, random_factors, random_state, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 
 def spectrum_of(*rows):
     values = torch.tensor(rows, dtype=torch.float64)[None, None]

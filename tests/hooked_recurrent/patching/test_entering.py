@@ -11,6 +11,8 @@ from hooked_recurrent.patching import Trunk, run_edits
 from tests.hooked_recurrent.edits.draws import LENGTH, model_of, random_tensor
 from tests.hooked_recurrent.models import STACKS, distance, over_stacks, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-9  # float64
 START = 4
 

@@ -8,6 +8,8 @@ from hooked_recurrent.patching import Trunk, forks, run_edits
 from tests.hooked_recurrent.edits.draws import LENGTH, model_of, random_tensor
 from tests.hooked_recurrent.models import HYBRID, STACKS, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-9  # float64
 
 

@@ -10,6 +10,8 @@ from hooked_recurrent.patching import Trunk, run_edits
 from tests.hooked_recurrent.edits.draws import composite
 from tests.hooked_recurrent.models import HYBRID, STACKS, distance, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-9  # float64
 LENGTH = 12
 MODELS = {}

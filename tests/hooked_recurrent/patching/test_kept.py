@@ -9,6 +9,8 @@ from hooked_recurrent.patching import Trunk, forks, run_edits
 from tests.hooked_recurrent.edits.draws import LENGTH, model_of
 from tests.hooked_recurrent.models import HYBRID, distance, over_stacks, tiny_model, tokens_of
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 EXACT = 1e-9  # float64
 
 

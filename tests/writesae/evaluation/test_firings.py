@@ -14,6 +14,8 @@ from writesae.evaluation.describing.contexts import atom_coefficients, top_conte
 from writesae.evaluation.firings import encode_cell, sample_firings
 from writesae.sae import WriteSAE
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 
 def test_sample_respects_its_bounds_and_finds_only_real_firings():
     model, sae, tokens = cell()

@@ -145,6 +145,7 @@ def test_a_claim_holds_by_its_estimate_and_is_certain_by_its_interval(monkeypatc
         row(),
         row(where={"way": "gone"}, above=0.5),
         Row("not run", "", "rate", above=0.5),
+        row(where={"way": "b", "run": "left out by a quick run"}, above=0.95),
     )
     monkeypatch.setattr("writesae.reproduce.claims.ROWS", rows)
     verdicts = [(claim.holds, claim.certain) for claim in claims_of(SUMMARIES)]

@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "training.md"
 BLOCK = re.compile(r"```(python|sh|yaml)\n(.*?)```", re.DOTALL)
 
 
-def test_the_blocks_run(tmp_path, monkeypatch, capsys):
+def test_the_blocks_run(tmp_path, monkeypatch, capsys, as_users_run):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for language, block in BLOCK.findall(PAGE.read_text(encoding="utf-8")):

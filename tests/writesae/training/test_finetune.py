@@ -11,6 +11,8 @@ from tests.hooked_recurrent.models import over_stacks
 from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae.training.finetune import FinetuneConfig, divergences, finetune, firings_of, substitution_loss
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 SMALL = {"steps": 30, "rows": 3, "horizon": 3, "steps_per_pass": 8, "first_position": 2, "warmup_steps": 2}
 
 

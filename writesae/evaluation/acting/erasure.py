@@ -36,7 +36,7 @@ from writesae.config import require_one_of
 from writesae.evaluation.acting.atom_edits import chosen_atoms
 from writesae.evaluation.acting.erasure_plan import Trial, plan_trials
 from writesae.evaluation.acting.erasure_result import ErasureResult
-from writesae.evaluation.firings import encode_cell
+from writesae.evaluation.firings import check_passages, encode_cell
 from writesae.evaluation.outputs import compare
 from writesae.evaluation.result import Told
 from writesae.sae.write_sae import WriteSAE
@@ -108,7 +108,8 @@ def erasure(
         ValueError, IndexError: for a cell that does not exist or does not fit, passages too short or too few, and listed atoms
             that do not fire in both halves.
     """
-    config = config or ErasureConfig()
+    config = ErasureConfig.given(config)
+    check_passages(tokens)
     last = tokens.shape[1] - 2 - config.horizon
     if last < config.first_position:
         need = config.first_position + config.horizon + 2

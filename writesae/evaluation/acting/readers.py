@@ -33,7 +33,7 @@ from writesae.config import require_one_of
 from writesae.evaluation.acting.atom_edits import chosen_atoms
 from writesae.evaluation.acting.readers_result import ReadersResult
 from writesae.evaluation.describing.contexts import atom_coefficients
-from writesae.evaluation.firings import CellWrites, encode_cell
+from writesae.evaluation.firings import CellWrites, check_passages, encode_cell
 from writesae.evaluation.result import Told
 from writesae.sae.write_sae import WriteSAE
 
@@ -101,7 +101,8 @@ def readers(
         ValueError, IndexError: for a cell that does not exist, does not fit or has no layer above it, passages too short, and
             listed atoms that do not fire in two passages.
     """
-    config = config or ReadersConfig()
+    config = ReadersConfig.given(config)
+    check_passages(tokens)
     last = tokens.shape[1] - 1 - config.horizon
     if last < config.first_position:
         need = config.first_position + config.horizon + 1

@@ -29,7 +29,7 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.patching import run_edits
 from writesae.evaluation.acting.steering_pushes import HeadPush, head_push
 from writesae.evaluation.acting.steering_result import SteeringResult
-from writesae.evaluation.firings import check_cell
+from writesae.evaluation.firings import check_cell, check_passages
 from writesae.evaluation.outputs import compare
 from writesae.evaluation.result import Told
 from writesae.sae.write_sae import WriteSAE
@@ -103,7 +103,8 @@ def steering(
         ValueError, IndexError: for cells that do not exist or do not fit, too few or too short passages, wanted tokens that the
             vocabulary lacks or that never come next, and fewer alive atoms than steering and its control need.
     """
-    config = config or SteeringConfig()
+    config = SteeringConfig.given(config)
+    check_passages(tokens)
     dictionaries = _by_head(sae, head)
     for number, dictionary in dictionaries.items():
         check_cell(model, dictionary, layer, number)

@@ -29,7 +29,7 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import TrainConfig, WriteSAEConfig
 from writesae.evaluation.comparing.head_to_head import against
-from writesae.evaluation.firings import CellWrites, encode_cell, trained_on
+from writesae.evaluation.firings import CellWrites, check_passages, encode_cell, trained_on
 from writesae.evaluation.low_rank import LowRank
 from writesae.evaluation.replacing.exchange import READINGS
 from writesae.evaluation.replacing.replacement import ReplacementConfig, replacement
@@ -181,7 +181,8 @@ def baselines(
         ValueError, IndexError: as `replacement` and `train_many`; a dictionary that does not say how it was trained, or one of
             other than rank-1 atoms.
     """
-    config = config or BaselinesConfig()
+    config = BaselinesConfig.given(config)
+    check_passages(tokens)
     training = budget_of(sae)
     if sae.config.rank != 1 or sae.config.decoder == "dense":
         came = "dense" if sae.config.decoder == "dense" else f"of rank {sae.config.rank}"

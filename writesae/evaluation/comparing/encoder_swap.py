@@ -30,7 +30,7 @@ from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.files import plain, write_text
 from writesae.config import PRESETS, TrainConfig, WriteSAEConfig, require_one_of
-from writesae.evaluation.firings import encode_cell
+from writesae.evaluation.firings import check_passages, encode_cell
 from writesae.evaluation.replacing.exchange import READINGS
 from writesae.evaluation.replacing.replacement import ReplacementConfig, replacement
 from writesae.evaluation.result import Result, Told
@@ -180,14 +180,15 @@ def encoder_swap(
     Raises:
         ValueError, IndexError: cells that do not exist, and a folder that holds another run.
     """
-    config = config or EncoderSwapConfig()
-    _check_cells(model, cells)
+    config = EncoderSwapConfig.given(config)
+    check_passages(tokens)
+    check_cells(model, cells)
     steps, done = len(config.seeds) + len(cells), 0
     description = _claim(model, tokens, train_tokens, config, folder)
     dictionaries: dict[tuple[int, int], dict[tuple[str, int], WriteSAE]] = {(layer, head): {} for layer, head in cells}
     for seed in config.seeds:
         jobs = {
-            (*cell, preset): _job(model, *cell, preset, seed, config) for cell in cells for preset in config.presets
+            (*cell, preset): job_of(model, *cell, preset, seed, config) for cell in cells for preset in config.presets
         }
         out = None if folder is None else Path(folder) / f"seed-{seed}"
         trained = train_many(
@@ -215,7 +216,8 @@ def encoder_swap(
     return EncoderSwapResult(pd.DataFrame(rows), layer, head, config.to_dict(), description, found)
 
 
-def _check_cells(model: HookedRecurrentModel, cells: Sequence[tuple[int, int]]) -> None:
+def check_cells(model: HookedRecurrentModel, cells: Sequence[tuple[int, int]]) -> None:
+    """Raise unless these are one or more different cells (layer, head) of the model: `ValueError`, `IndexError`."""
     if not cells or len(set(map(tuple, cells))) < len(cells):
         raise ValueError(f"cells must be one or more different ones (layer, head), got {list(cells)}")
     for layer, head in cells:
@@ -259,7 +261,8 @@ def _kept(path: Path | None, measure_now: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _job(model: HookedRecurrentModel, layer: int, head: int, preset: str, seed: int, config: EncoderSwapConfig) -> Job:
+def job_of(model: HookedRecurrentModel, layer: int, head: int, preset: str, seed: int, config: EncoderSwapConfig) -> Job:
+    """The training of one type on one cell."""
     sizes = {"n_atoms": config.n_atoms, "k": config.k, "seed": seed}
     dictionary = WriteSAEConfig.preset(preset, model.cfg.d_k, model.cfg.d_v, **sizes)
     return Job(f"l{layer}h{head}-{preset}", Source(f"blocks.{layer}.mixer.hook_write", head), dictionary)

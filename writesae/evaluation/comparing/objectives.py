@@ -110,7 +110,7 @@ def compare_objectives(
     Raises:
         ValueError, IndexError: as `train_objective` and `replacement` do; a folder of another comparison, naming what differs.
     """
-    config = config or ObjectivesConfig()
+    config = ObjectivesConfig.given(config)
     kept = None if folder is None else Path(folder)
     if kept is not None:
         _claim(kept, _describe(model, train_tokens, heldout, layer, head, config))

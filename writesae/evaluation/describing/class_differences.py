@@ -135,7 +135,7 @@ def class_differences(
         ValueError: results of different cells, or fewer than two tested atoms in one of the groups.
         KeyError: a reading that the test does not have.
     """
-    config = config or ClassDifferencesConfig()
+    config = ClassDifferencesConfig.given(config)
     if (replacement.layer, replacement.head) != (partition.layer, partition.head):
         one, other = (f"layer {result.layer}, head {result.head}" for result in (replacement, partition))
         raise ValueError(f"the replacement test is of {one}, the partition of {other}")

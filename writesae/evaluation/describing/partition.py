@@ -26,7 +26,7 @@ from writesae.config import require_one_of
 from writesae.evaluation.describing.distributions import best_mixture, mixtures
 from writesae.evaluation.describing.matching import match_atoms
 from writesae.evaluation.describing.partition_result import BUNDLE, FORMS, NULL, REGISTER, PartitionResult
-from writesae.evaluation.firings import check_cell, encode_cell
+from writesae.evaluation.firings import check_cell, check_passages, encode_cell
 from writesae.evaluation.result import Told
 from writesae.sae.codes import Codes
 from writesae.sae.samples import Factored
@@ -61,6 +61,8 @@ class PartitionConfig(StrictConfig):
     """Seed of the mixtures' starts, the empirical null and the kept firings."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"PartitionConfig.threshold is a cosine between 0 and 1, got {self.threshold!r}")
         require_one_of("PartitionConfig", "alive", self.alive, ALIVE)
         require_positive("PartitionConfig", strongest=self.strongest, components=self.components)
         require_positive("PartitionConfig", kept_per_atom=self.kept_per_atom)
@@ -95,7 +97,8 @@ def partition(
         ValueError, IndexError: for a cell that does not exist or does not fit, other dictionaries of another shape, passages
             no longer than `first_position`, and passages on which no atom fires.
     """
-    config = config or PartitionConfig()
+    config = PartitionConfig.given(config)
+    check_passages(tokens)
     if tokens.shape[1] <= config.first_position:
         need = config.first_position + 1
         raise ValueError(f"passages have {tokens.shape[1]} tokens; with this first_position they need at least {need}")

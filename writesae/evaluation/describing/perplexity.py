@@ -41,6 +41,7 @@ from writesae.evaluation.describing.splices import (
     rebuilt_states,
     write_edits,
 )
+from writesae.evaluation.firings import check_passages
 from writesae.evaluation.result import Told
 from writesae.sae.write_sae import WriteSAE
 
@@ -106,7 +107,8 @@ def perplexity(
         ValueError, IndexError: before anything runs, for a cell or dictionary that does not fit, fewer than two passages, a
             prefix that leaves no text to read, a rank beyond the states', and `throughout` with other than additive writes.
     """
-    config = config or PerplexityConfig()
+    config = PerplexityConfig.given(config)
+    check_passages(tokens)
     saes = dict(sae) if isinstance(sae, Mapping) else _of_one(sae, head)
     if isinstance(sae, Mapping) and head is not None:
         raise ValueError(f"dictionaries by head name their heads themselves, but head {head} was given too")

@@ -27,7 +27,7 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.edits import Edit
 from hooked_recurrent.patching.forks import run_edits
 from writesae.config import require_one_of
-from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings
+from writesae.evaluation.firings import CellWrites, Firing, check_passages, encode_cell, sample_firings
 from writesae.evaluation.low_rank import LowRank
 from writesae.evaluation.result import Result, Told
 from writesae.evaluation.statistics import interval
@@ -148,7 +148,8 @@ def selectivity(
         ValueError, IndexError: before anything is edited, for a cell or dictionary that does not fit, sets larger than the
             vocabulary, a dictionary of one atom, and passages on which no atom fires.
     """
-    config = config or SelectivityConfig()
+    config = SelectivityConfig.given(config)
+    check_passages(tokens)
     if max(config.sizes) > model.cfg.d_vocab:
         raise ValueError(f"a set of {max(config.sizes)} tokens is larger than the vocabulary, {model.cfg.d_vocab}")
     if sae.config.decoder == "dense":

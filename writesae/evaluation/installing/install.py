@@ -17,7 +17,9 @@ as makes their collateral KL that of lambda_refined:
                         the length of equal KL can be far beyond it
 
 Cells: "given" is the caller's. "auto" chooses one per target and prompt: of the `candidates` cells whose Lambda promises most
-per native norm, the one in which a refined write gets furthest. Every condition of a trial uses the same cell.
+per native norm, the one in which a refined write gets furthest. "spread" writes into the `spread` most promising cells at
+once, each with its share of the norm, so that the squares add up to that of one cell: a head whose read is normalised by
+itself can say only so much, however loudly. Every condition of a trial uses the same cells.
 """
 
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import require_at_least_zero, require_one_of
-from writesae.evaluation.firings import CellWrites, check_cell, encode_cell
+from writesae.evaluation.firings import CellWrites, check_cell, check_passages, encode_cell
 from writesae.evaluation.installing.install_context import PLACES, STRATA, Context, Target, draw_targets, install_sites
 from writesae.evaluation.installing.install_directions import Cells, atom_keys, fixed_directions, random_directions
 from writesae.evaluation.installing.install_edits import Installs, Steering
@@ -42,6 +44,7 @@ from writesae.evaluation.installing.install_lambda import (
     Climb,
     Slope,
     at_cells,
+    furthest_cells,
     promising,
     refine,
     slope,
@@ -53,7 +56,7 @@ from writesae.evaluation.installing.install_steering import gradient_steering, m
 from writesae.evaluation.result import Told
 from writesae.sae.write_sae import WriteSAE
 
-CELLS = ("given", "auto")
+CELLS = ("given", "auto", "spread")
 READINGS = ("in_recurrence", "cache")
 
 
@@ -76,9 +79,11 @@ class InstallConfig(StrictConfig):
     middle: tuple[int, int] = (100, 1000)
     """First rank of the middle stratum, and first rank behind it."""
     cells: tuple[str, ...] = CELLS
-    """"given", "auto", or both, as rows of their own."""
+    """Any of "given", "auto" and "spread", as rows of their own."""
     candidates: int = 16
     """How many of the most promising cells "auto" tries."""
+    spread: int = 16
+    """Into how many cells "spread" writes; all, where there are fewer."""
     objective: str = "greedy"
     """What Lambda is the gradient of; see `install_lambda.objective`."""
     objective_steps: int = 20
@@ -99,7 +104,7 @@ class InstallConfig(StrictConfig):
     def __post_init__(self) -> None:
         owner = "InstallConfig"
         require_positive(owner, prompts=self.prompts, positions=self.positions, per_stratum=self.per_stratum)
-        require_positive(owner, new_tokens=self.new_tokens, candidates=self.candidates)
+        require_positive(owner, new_tokens=self.new_tokens, candidates=self.candidates, spread=self.spread)
         require_positive(owner, objective_steps=self.objective_steps)
         require_at_least_zero(owner, rounds=self.rounds)
         require_one_of(owner, "objective", self.objective, OBJECTIVES)
@@ -143,7 +148,8 @@ def install(
         ValueError, IndexError: for a cell that does not exist or does not fit the dictionary, passages that are too short,
             and prompts without any target.
     """
-    config = config or InstallConfig()
+    config = InstallConfig.given(config)
+    check_passages(tokens)
     check_cell(model, sae, layer, head)
     if tokens.shape[1] <= config.first_position:
         raise ValueError(
@@ -163,25 +169,27 @@ def install(
 
 @dataclass(frozen=True)
 class _Trials:
-    """The trials of one context and one way to choose the cell: targets by magnitudes."""
+    """The trials of one context and one way to choose the cells: targets by magnitudes."""
 
     tokens: Int[Tensor, " trial"]
     of_target: Int[Tensor, " trial"]
     magnitude: Tensor
     cells: Cells
+    """A trial's, one after the other."""
+    together: int
     norms: Tensor
-    """[trial, place]: the magnitude times the native norm."""
+    """[row, place]: the magnitude times the native norm, shared among a trial's cells."""
 
     @staticmethod
     def of(context: Context, targets: list[Target], cells: Cells, magnitudes: tuple[float, ...]) -> "_Trials":
-        """Magnitude by magnitude, all targets."""
-        device = context.text.device
+        """Magnitude by magnitude, all targets; `cells` are those of the targets, equally many each."""
+        device, together = context.text.device, len(cells) // len(targets)
         of_target = torch.arange(len(targets)).repeat(len(magnitudes))
         magnitude = torch.tensor(magnitudes, dtype=torch.float64).repeat_interleave(len(targets))
         tokens = torch.tensor([target.token for target in targets], device=device)[of_target.to(device)]
         native = torch.stack([context.native_norms(layer)[:, head] for layer, head in cells]).repeat(len(magnitudes), 1)
-        norms = native * magnitude.to(native)[:, None]
-        return _Trials(tokens, of_target, magnitude, cells * len(magnitudes), norms)
+        share = magnitude.to(native).repeat_interleave(together) / together**0.5
+        return _Trials(tokens, of_target, magnitude, cells * len(magnitudes), together, native * share[:, None])
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,7 @@ class _Test:
         start = slope(self.model, context, wanted, [], self.climb, self.model.cfg.recurrent_layers)
         rows = list(self._native(context, targets, wanted))
         for how in config.cells:
-            cells = (self.cell,) * len(targets) if how == "given" else self._choose(context, wanted, start)
+            cells = self._cells(context, wanted, start, how)
             trials = _Trials.of(context, targets, cells, config.magnitudes)
             rows += self._conditions(context, targets, trials, start, how)
         return rows
@@ -236,19 +244,19 @@ class _Test:
         described = {"target": target.token, "stratum": target.stratum, "initial_rank": target.rank}
         return {"passage": context.passage, "position": context.position, **described}
 
+    def _cells(self, context: Context, wanted: Tensor, start: Slope, how: str) -> Cells:
+        if how == "auto":
+            return self._choose(context, wanted, start)
+        if how == "spread":
+            return tuple(cell for mine in promising(context, start.writes, self.config.spread) for cell in mine)
+        return (self.cell,) * len(wanted)
+
     def _choose(self, context: Context, wanted: Tensor, start: Slope) -> Cells:
-        """Per target, of the most promising cells the one in which a refined write of the middle magnitude gets furthest."""
-        options = promising(context, start.writes, self.config.candidates)
-        several = len(options[0])
-        cells = tuple(cell for mine in options for cell in mine)
-        magnitude = sorted(self.config.magnitudes)[len(self.config.magnitudes) // 2]
-        norms = torch.stack([context.native_norms(layer)[:, head] for layer, head in cells]) * magnitude
-        repeated = {layer: found.repeat_interleave(several, dim=0) for layer, found in start.writes.items()}
-        first = steepest(cells, at_cells(repeated, cells), norms, self.config.split)
-        tokens = wanted.repeat_interleave(several)
-        _, reached = refine(self.model, context, tokens, first, norms, self.climb, self.config.rounds // 2)
-        best = reached.view(len(options), several).argmax(1).tolist()
-        return tuple(mine[index] for mine, index in zip(options, best, strict=True))
+        """Per target the cell in which a refined write of the middle magnitude gets furthest."""
+        config = self.config
+        magnitude = sorted(config.magnitudes)[len(config.magnitudes) // 2]
+        options = {"candidates": config.candidates, "rounds": config.rounds // 2}
+        return furthest_cells(self.model, context, wanted, start, self.climb, magnitude, **options)
 
     def _conditions(
         self, context: Context, targets: list[Target], trials: _Trials, start: Slope, how: str
@@ -260,7 +268,7 @@ class _Test:
         measured = measure(model, context, together.single(first, reading), tokens)
         batch = together.batched(first, reading)
         blocks = {name: {key: found[rows] for key, found in measured.items()} for name, rows in _slices(edits)}
-        norms = {name: edit.norms.norm(dim=-1) for name, edit in edits.items()}
+        norms = {name: edit.total_norms for name, edit in edits.items()}
         if self.config.steering:
             wanted = blocks["lambda_refined"]["collateral_kl"]
             for name, steering in self._steering(context, trials, start, wanted).items():
@@ -276,17 +284,18 @@ class _Test:
         ]
 
     def _directions(self, context: Context, trials: _Trials, start: Slope, how: str) -> dict[str, Installs]:
-        cells, norms, config = trials.cells, trials.norms, self.config
+        cells, norms, config, together = trials.cells, trials.norms, self.config, trials.together
         given = atom_keys(self.sae, self.writes, context.passage, context.places) if how == "given" else None
-        edits = fixed_directions(self.model, context, trials.tokens, cells, norms, given)
+        tokens = trials.tokens.repeat_interleave(together)
+        edits = fixed_directions(self.model, context, tokens, cells, norms, given, together)
         gradient = {layer: found[trials.of_target.to(found.device)] for layer, found in start.writes.items()}
-        edits["lambda"] = steepest(cells, at_cells(gradient, cells), norms, config.split)
-        refined = refine(self.model, context, trials.tokens, edits["lambda"], norms, self.climb, config.rounds)
-        edits["lambda_refined"] = refined[0]
-        return edits | random_directions(context, cells, norms, trials.of_target, config.seed)
+        steep = steepest(cells, at_cells(gradient, cells, together), norms, config.split, together)
+        refined, _ = refine(self.model, context, trials.tokens, steep, norms, self.climb, config.rounds)
+        edits |= {"lambda": steep, "lambda_refined": refined}
+        return edits | random_directions(context, cells, norms, trials.of_target, config.seed, together)
 
     def _steering(self, context: Context, trials: _Trials, start: Slope, wanted: Tensor) -> dict[str, Steering]:
-        layers = tuple(layer for layer, _ in trials.cells)
+        layers = tuple(layer for layer, _ in trials.cells[:: trials.together])  # behind the most promising cell
         residual = {layer: found[trials.of_target.to(found.device)] for layer, found in start.residual.items()}
         vectors = {
             "steering": unembedding_steering(self.model, trials.tokens, layers),
@@ -308,7 +317,7 @@ class _Test:
         measured: dict[str, Tensor],
         appears: Tensor,
     ) -> Iterator[dict[str, Any]]:
-        for trial, (layer, head) in enumerate(trials.cells):
+        for trial, (layer, head) in enumerate(trials.cells[:: trials.together]):
             target = targets[int(trials.of_target[trial])]
             numbers = {key: float(found[trial]) for key, found in measured.items()}
             change = {
@@ -323,7 +332,8 @@ class _Test:
 
 def _joined(edits: list[Installs]) -> Installs:
     cells = tuple(cell for edit in edits for cell in edit.cells)
-    return Installs(cells, torch.cat([edit.key for edit in edits]), torch.cat([edit.value for edit in edits]))
+    key, value = torch.cat([edit.key for edit in edits]), torch.cat([edit.value for edit in edits])
+    return Installs(cells, key, value, edits[0].together)
 
 
 def _slices(edits: dict[str, Installs]) -> Iterator[tuple[str, slice]]:

@@ -12,6 +12,7 @@ from writesae.evaluation.installing.install_lambda import top_pairs
 from writesae.sae.write_sae import WriteSAE
 
 Cells = tuple[tuple[int, int], ...]
+"""(layer, head) of every row; see `Installs`."""
 
 
 def unit(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -20,8 +21,8 @@ def unit(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
 
 
 def unembedding_values(
-    model: HookedRecurrentModel, targets: Int[Tensor, " trial"], cells: Cells
-) -> Float[Tensor, "trial d_v"]:
+    model: HookedRecurrentModel, targets: Int[Tensor, " row"], cells: Cells
+) -> Float[Tensor, "row d_v"]:
     """v_T* = W_O[h] W_U[T], of length 1: the paper's value side, the fixed direction of protocols 8 and 9.
 
     It passes over the gated norm between read and W_O, the layers above and the last norm.
@@ -43,8 +44,8 @@ def atom_keys(
     return unit(key[:, 0]) if key.shape[1] == 1 else top_pairs(key.mT @ value)[0]
 
 
-def role_keys(context: Context, role: str, cells: Cells, later: int = 0) -> Float[Tensor, "trial place d_k"]:
-    """A role's vectors at the install positions (or `later` positions on), of length 1, at every trial's cell."""
+def role_keys(context: Context, role: str, cells: Cells, later: int = 0) -> Float[Tensor, "row place d_k"]:
+    """A role's vectors at the install positions (or `later` positions on), of length 1, at every row's cell."""
     here = slice(later, later + PLACES)
     return unit(torch.stack([context.roles[layer, role][here, head] for layer, head in cells]))
 
@@ -52,10 +53,11 @@ def role_keys(context: Context, role: str, cells: Cells, later: int = 0) -> Floa
 def fixed_directions(
     model: HookedRecurrentModel,
     context: Context,
-    targets: Int[Tensor, " trial"],
+    targets: Int[Tensor, " row"],
     cells: Cells,
-    norms: Float[Tensor, "trial place"],
+    norms: Float[Tensor, "row place"],
     atoms: Float[Tensor, "place d_k"] | None,
+    together: int = 1,
 ) -> dict[str, Installs]:
     """The paper's value side with the native key, the next position's query and (where given) an atom's key."""
     value = unembedding_values(model, targets, cells)[:, None] * norms[..., None]
@@ -65,23 +67,30 @@ def fixed_directions(
     }
     if atoms is not None:
         keys["fixed_atom_key"] = atoms.to(value).expand(len(cells), -1, -1)
-    return {name: Installs(cells, key.to(value), value) for name, key in keys.items()}
+    return {name: Installs(cells, key.to(value), value, together) for name, key in keys.items()}
 
 
 def random_directions(
-    context: Context, cells: Cells, norms: Float[Tensor, "trial place"], of_target: Int[Tensor, " trial"], seed: int
+    context: Context,
+    cells: Cells,
+    norms: Float[Tensor, "row place"],
+    of_target: Int[Tensor, " trial"],
+    seed: int,
+    together: int = 1,
 ) -> dict[str, Installs]:
     """Gaussian directions of equal norm: both sides random, and a random value side under the native key.
 
-    One draw per target and position of the context, whatever the magnitude and the cell, so that trials that differ in
-    these alone are paired.
+    One draw per target, cell of a trial and position of the context, whatever the magnitude and which cell it is, so that
+    trials that differ in these alone are paired.
     """
     d_k, d_v = (context.roles[cells[0][0], f"write_{side}"].shape[-1] for side in ("key", "value"))
     generator = torch.Generator().manual_seed((seed * 1_000_003 + context.passage) * 1_000_003 + context.position)
     count = int(of_target.max()) + 1
-    drawn = torch.randn(count, PLACES, d_k + 2 * d_v, generator=generator, dtype=torch.float64)[of_target.cpu()]
-    key, value, other = (unit(side).to(norms) for side in drawn.split([d_k, d_v, d_v], dim=-1))
+    drawn = torch.randn(count, together, PLACES, d_k + 2 * d_v, generator=generator, dtype=torch.float64)
+    rows = drawn[of_target.cpu()].flatten(0, 1)
+    key, value, other = (unit(side).to(norms) for side in rows.split([d_k, d_v, d_v], dim=-1))
+    native = role_keys(context, "write_key", cells).to(norms)
     return {
-        "random": Installs(cells, key, value * norms[..., None]),
-        "random_value": Installs(cells, role_keys(context, "write_key", cells).to(norms), other * norms[..., None]),
+        "random": Installs(cells, key, value * norms[..., None], together),
+        "random_value": Installs(cells, native, other * norms[..., None], together),
     }

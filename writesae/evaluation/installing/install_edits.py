@@ -14,22 +14,29 @@ from writesae.evaluation.installing.install_context import PLACES
 
 @dataclass(frozen=True)
 class Installs:
-    """One write per trial and position, key value^T, each trial in a cell of its own."""
+    """One write per row and position, key value^T, each row in a cell; `together` rows that follow each other are one trial."""
 
     cells: tuple[tuple[int, int], ...]
-    """(layer, head) of every trial."""
-    key: Float[Tensor, "trial place d_k"]
+    """(layer, head) of every row."""
+    key: Float[Tensor, "row place d_k"]
     """Key sides, of length 1."""
-    value: Float[Tensor, "trial place d_v"]
+    value: Float[Tensor, "row place d_v"]
     """Value sides, which carry the norm."""
+    together: int = 1
+    """How many cells, each once, a trial writes into."""
 
     def __len__(self) -> int:
-        return len(self.cells)
+        return len(self.cells) // self.together
 
     @property
-    def norms(self) -> Float[Tensor, "trial place"]:
+    def norms(self) -> Float[Tensor, "row place"]:
         """Frobenius norms of the writes."""
         return self.key.norm(dim=-1) * self.value.norm(dim=-1)
+
+    @property
+    def total_norms(self) -> Float[Tensor, " trial"]:
+        """Root of the summed squares of a trial's norms, over its cells and positions."""
+        return self.norms.reshape(len(self), -1).norm(dim=-1)
 
     def batched(self, first: int, reading: Reading, start: int = 0) -> list[Edit]:
         """All trials as edits of one batch, whose rows begin at `start`: one edit per cell."""
@@ -38,18 +45,21 @@ class Installs:
             mine = torch.tensor([index for index, cell in enumerate(self.cells) if cell == (layer, head)])
             key, value = self.key[mine], self.value[mine]
             here = slice(first, first + PLACES)
-            edits.append(WriteEdit(layer, head, here, "add", key, value, batch=mine + start, reading=reading))
+            rows = mine // self.together + start
+            edits.append(WriteEdit(layer, head, here, "add", key, value, batch=rows, reading=reading))
         return edits
 
     def single(self, first: int, reading: Reading) -> list[tuple[Edit, ...]]:
         """Every trial as an intervention of its own."""
-        return [
+        by_row = [
             tuple(
                 WriteEdit(*cell, first + place, "add", key[place], value[place], reading=reading)
                 for place in range(PLACES)
             )
             for cell, key, value in zip(self.cells, self.key, self.value, strict=True)
         ]
+        starts = range(0, len(by_row), self.together)
+        return [sum(by_row[start : start + self.together], start=()) for start in starts]
 
 
 @dataclass(frozen=True)

@@ -124,34 +124,40 @@ def top_pairs(
     return left[..., :, 0], right[..., 0, :], values[..., 0]
 
 
-def budget(norms: Float[Tensor, "trial place"], singular: Float[Tensor, "trial place"], split: str) -> Tensor:
-    """The norm of every position's write [trial, place], of equal root of summed squares for every split.
+def budget(
+    norms: Float[Tensor, "row place"], singular: Float[Tensor, "row place"], split: str, together: int = 1
+) -> Float[Tensor, "row place"]:
+    """The norm of every write, of equal root of summed squares over a trial (`together` rows) for every split.
 
     native: each position's own native norm (times the magnitude). singular: in proportion to the largest singular values
     there, the steepest of all splits.
     """
     if split == "native":
         return norms
-    size = singular.norm(dim=-1, keepdim=True)
-    return torch.where(size > 0, singular / size * norms.norm(dim=-1, keepdim=True), norms)
+    mine, wanted = (part.reshape(-1, together * part.shape[1]) for part in (singular, norms))
+    size = mine.norm(dim=-1, keepdim=True)
+    return torch.where(size > 0, mine / size * wanted.norm(dim=-1, keepdim=True), wanted).reshape(norms.shape)
 
 
 def steepest(
     cells: tuple[tuple[int, int], ...],
-    matrices: Float[Tensor, "trial place d_k d_v"],
-    norms: Float[Tensor, "trial place"],
+    matrices: Float[Tensor, "row place d_k d_v"],
+    norms: Float[Tensor, "row place"],
     split: str,
+    together: int = 1,
 ) -> Installs:
     """The rank-1 writes of the given norms that are nearest to these matrices: of a gradient, the steepest ones."""
     key, value, singular = top_pairs(matrices)
-    return Installs(cells, key, value * budget(norms, singular, split)[..., None])
+    return Installs(cells, key, value * budget(norms, singular, split, together)[..., None], together)
 
 
 def at_cells(
-    per_layer: dict[int, Float[Tensor, "trial place head *rest"]], cells: tuple[tuple[int, int], ...]
-) -> Float[Tensor, "trial place *rest"]:
-    """Every trial's entry at its own cell."""
-    return torch.stack([per_layer[layer][trial, :, head] for trial, (layer, head) in enumerate(cells)])
+    per_layer: dict[int, Float[Tensor, "trial place head *rest"]],
+    cells: tuple[tuple[int, int], ...],
+    together: int = 1,
+) -> Float[Tensor, "row place *rest"]:
+    """Every row's entry at its own cell, from its trial's gradient; a trial has `together` rows."""
+    return torch.stack([per_layer[layer][row // together, :, head] for row, (layer, head) in enumerate(cells)])
 
 
 def promising(
@@ -172,30 +178,59 @@ def refine(
     context: Context,
     targets: Int[Tensor, " trial"],
     start: Installs,
-    norms: Float[Tensor, "trial place"],
+    norms: Float[Tensor, "row place"],
     climb: Climb,
     rounds: int,
 ) -> tuple[Installs, Float[Tensor, " trial"]]:
-    """Climb from `start` among the rank-1 writes of these norms: the gradient is taken anew at the edited point every round.
+    """Climb from `start` among the rank-1 writes of these norms, a trial's rows together.
 
-    Each round steps along the gradient, at first by as much as the write's own length, and returns to the nearest rank-1
-    writes of the same norms. A step that lowers the objective is halved and tried again from the best point so far, which is
-    what comes back together with its objective; so it is never below that of `start`.
+    The gradient is taken anew at the edited point every round. Each round steps along it, at first by as much as the write's
+    own length, and returns to the nearest rank-1 writes of the same norms. A step that lowers the objective is halved and
+    tried again from the best point so far, which is what comes back together with its objective; so it is never below that
+    of `start`.
     """
-    layers = sorted({layer for layer, _ in start.cells})
+    layers, together = sorted({layer for layer, _ in start.cells}), start.together
     best, now = start, start
-    value = torch.full_like(norms[:, 0], -torch.inf)
+    value = norms.new_full((len(start),), -torch.inf)
     gradient = torch.zeros_like(start.key[..., :, None] * start.value[..., None, :])
     step = torch.ones_like(value)
     for done in range(rounds + 1):
         here = slope(model, context, targets, now.batched(context.first, climb.reading), climb, layers)
         better = here.value > value
         value, step = torch.where(better, here.value, value), torch.where(better, step, step / 2)
-        keep = better[:, None, None]
-        best = Installs(start.cells, torch.where(keep, now.key, best.key), torch.where(keep, now.value, best.value))
-        gradient = torch.where(keep[..., None], at_cells(here.writes, start.cells), gradient)
+        keep = better.repeat_interleave(together)[:, None, None]
+        key, kept = torch.where(keep, now.key, best.key), torch.where(keep, now.value, best.value)
+        best = Installs(start.cells, key, kept, together)
+        gradient = torch.where(keep[..., None], at_cells(here.writes, start.cells, together), gradient)
         if done < rounds:
             along = gradient / gradient.norm(dim=(-1, -2), keepdim=True).clamp(min=1e-30)
-            moved = best.key[..., :, None] * best.value[..., None, :] + (step[:, None] * norms)[..., None, None] * along
-            now = steepest(start.cells, moved, norms, climb.split)
+            length = step.repeat_interleave(together)[:, None] * norms
+            moved = best.key[..., :, None] * best.value[..., None, :] + length[..., None, None] * along
+            now = steepest(start.cells, moved, norms, climb.split, together)
     return best, value
+
+
+def furthest_cells(
+    model: HookedRecurrentModel,
+    context: Context,
+    targets: Int[Tensor, " trial"],
+    start: Slope,
+    climb: Climb,
+    magnitude: float,
+    *,
+    candidates: int,
+    rounds: int,
+) -> tuple[tuple[int, int], ...]:
+    """Per trial, of the most promising cells the one in which a write of `magnitude` native norms, refined, gets furthest.
+
+    `start` is the slope of the untouched run over every recurrent layer.
+    """
+    options = promising(context, start.writes, candidates)
+    several = len(options[0])
+    cells = tuple(cell for mine in options for cell in mine)
+    norms = torch.stack([context.native_norms(layer)[:, head] for layer, head in cells]) * magnitude
+    repeated = {layer: found.repeat_interleave(several, dim=0) for layer, found in start.writes.items()}
+    first = steepest(cells, at_cells(repeated, cells), norms, climb.split)
+    _, reached = refine(model, context, targets.repeat_interleave(several), first, norms, climb, rounds)
+    best = reached.view(len(options), several).argmax(1).tolist()
+    return tuple(mine[index] for mine, index in zip(options, best, strict=True))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -63,7 +64,7 @@ class InstallResult(Result):
                 raise KeyError(f"no condition {name!r} with cell {cell!r}; there are {known}")
         if trials.empty:
             raise KeyError(f"no trial in stratum {stratum!r} at magnitude {magnitude!r}")
-        return _advantage(trials, condition, control, n_resamples)
+        return _advantage(trials, _labels(trials), condition, control, n_resamples)
 
     def summary(self, n_resamples: int = 5000) -> list[dict[str, Any]]:
         """A row per cell choice, stratum, magnitude (also all together, as None) and condition.
@@ -78,9 +79,9 @@ class InstallResult(Result):
             for stratum in (*self.table["stratum"].unique(), None):
                 for magnitude in (*sorted(edited["magnitude"].unique()), None):
                     here, measured = (_part(part, stratum, magnitude) for part in (trials, of_cell))
-                    where = {"cell": str(cell), "stratum": stratum, "magnitude": magnitude}
+                    labels, where = _labels(here), {"cell": str(cell), "stratum": stratum, "magnitude": magnitude}
                     for name, block in measured.groupby("condition", sort=False):
-                        rows.append({**where, **_summarise(str(name), block, here, n_resamples)})
+                        rows.append({**where, **_summarise(str(name), block, here, labels, n_resamples)})
         return rows
 
     def figure(self) -> Figure:
@@ -102,7 +103,15 @@ class InstallResult(Result):
         return figure
 
 
-def _summarise(condition: str, rows: pd.DataFrame, trials: pd.DataFrame, n_resamples: int) -> dict[str, Any]:
+def _labels(trials: pd.DataFrame) -> np.ndarray:
+    """A number per prompt and target, in the order of their names. Made once: names take longer to join than to resample."""
+    names = trials["passage"].astype(str) + "/" + trials["target"].astype(str)
+    return np.unique(names.to_numpy(dtype=str), return_inverse=True)[1]
+
+
+def _summarise(
+    condition: str, rows: pd.DataFrame, trials: pd.DataFrame, labels: np.ndarray, n_resamples: int
+) -> dict[str, Any]:
     summary = {
         "condition": condition,
         "n": len(rows),
@@ -118,7 +127,7 @@ def _summarise(condition: str, rows: pd.DataFrame, trials: pd.DataFrame, n_resam
     }
     for control in AGAINST:
         if control != condition and control in trials:
-            found = _advantage(trials, condition, control, n_resamples)
+            found = _advantage(trials, labels, condition, control, n_resamples)
             summary[f"over_{control}"] = found["difference"]
             summary[f"over_{control}_by_prompt_and_target"] = found["by_prompt_and_target"]
             summary[f"over_{control}_by_passage"] = found["by_passage"]
@@ -126,18 +135,20 @@ def _summarise(condition: str, rows: pd.DataFrame, trials: pd.DataFrame, n_resam
     return summary
 
 
-def _advantage(trials: pd.DataFrame, condition: str, control: str, n_resamples: int) -> dict[str, Any]:
-    difference = trials[condition].astype(float) - trials[control].astype(float)
-    trial, passage = trials["passage"].astype(str) + "/" + trials["target"].astype(str), trials["passage"]
-    by_trial, by_passage = (interval(difference, labels, n_resamples=n_resamples) for labels in (trial, passage))
+def _advantage(
+    trials: pd.DataFrame, labels: np.ndarray, condition: str, control: str, n_resamples: int
+) -> dict[str, Any]:
+    difference = trials[condition].to_numpy(dtype=float) - trials[control].to_numpy(dtype=float)
+    passage = trials["passage"].to_numpy()
+    by_trial, by_passage = (interval(difference, by, n_resamples=n_resamples) for by in (labels, passage))
     return {
         "difference": float(difference.mean()),
         "by_prompt_and_target": by_trial,
         "by_passage": by_passage,
         "significant": bool(min(by_trial[0], by_passage[0]) > 0),
         "n": len(trials),
-        "clusters": int(trial.nunique()),
-        "passages": int(passage.nunique()),
+        "clusters": len(np.unique(labels)),
+        "passages": len(np.unique(passage)),
     }
 
 

@@ -23,7 +23,15 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.patching.forks import Trunk, run_edits
-from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings
+from writesae.evaluation.firings import (
+    CellWrites,
+    Firing,
+    check_atoms,
+    check_cell,
+    check_passages,
+    encode_cell,
+    sample_firings,
+)
 from writesae.evaluation.predicting.logit_shift_context import Cell, Context
 from writesae.evaluation.predicting.logit_shift_predictors import PREDICTORS, Added, first_order, predict, reach
 from writesae.evaluation.predicting.logit_shift_result import NATURAL, NULL, LogitShiftResult
@@ -107,7 +115,10 @@ def logit_shift(
         ValueError, IndexError: for cells that do not exist or do not fit, passages too short for the horizon, a vocabulary
             smaller than the tail's rank, and when no listed atom fires.
     """
-    config = config or LogitShiftConfig()
+    config = LogitShiftConfig.given(config)
+    check_passages(tokens)
+    check_cell(model, sae, layer, head)
+    check_atoms(sae, config.atoms or ())
     cells = tuple((at, which) for at, which in config.cells or ((layer, head),))
     _check(model, tokens, cells, config)
     writes = encode_cell(model, sae, tokens, layer, head)

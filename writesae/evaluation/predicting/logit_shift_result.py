@@ -36,8 +36,14 @@ class LogitShiftResult(Result):
         return [*self.config["predictors"], NULL]
 
     def summary(self, n_resamples: int = 5000) -> list[dict[str, Any]]:
-        """A row per token class, size and predictor, pooled over atoms, contexts, cells and horizons."""
-        return self.by("tokens", "size", n_resamples=n_resamples).to_dict("records")
+        """A row per token class, size, predictor and source, pooled over atoms, contexts, cells and horizons.
+
+        `source` is "all", or what the matrices are: only an atom that fires has an amplitude natural to it; a silent one
+        is tried at the size of the one that fires.
+        """
+        pooled = self.by("tokens", "size", n_resamples=n_resamples).assign(source="all")
+        apart = self.by("tokens", "size", "source", n_resamples=n_resamples)
+        return pd.concat([pooled, apart]).to_dict("records")
 
     def by(self, *columns: str, n_resamples: int = 5000) -> pd.DataFrame:
         """The same figures for every combination of some columns of the table, such as "size", "horizon", "layer".

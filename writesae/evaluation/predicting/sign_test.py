@@ -27,7 +27,7 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel, WriteEdit
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.patching.forks import run_edits
-from writesae.evaluation.firings import CellWrites, check_cell, encode_cell
+from writesae.evaluation.firings import CellWrites, check_cell, check_passages, encode_cell
 from writesae.evaluation.installing.install_directions import atom_keys, unembedding_values, unit
 from writesae.evaluation.result import Result, Told
 from writesae.evaluation.statistics import cluster_bootstrap, wilson_interval
@@ -114,7 +114,8 @@ def sign_test(
     Raises:
         ValueError, IndexError: for a cell that does not exist or does not fit, and passages that are too short.
     """
-    config = config or SignTestConfig()
+    config = SignTestConfig.given(config)
+    check_passages(tokens)
     check_cell(model, sae, layer, head)
     if tokens.shape[1] < config.first_position + 2:
         need = config.first_position + 2

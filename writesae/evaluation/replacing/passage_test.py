@@ -33,7 +33,7 @@ from hooked_recurrent import HookedRecurrentModel, WriteEdit
 from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.patching.forks import run_edits
 from writesae.config import require_one_of
-from writesae.evaluation.firings import CellWrites, encode_cell
+from writesae.evaluation.firings import CellWrites, check_passages, encode_cell
 from writesae.evaluation.replacing.population import BUNDLE, REGISTER, median_cosines
 from writesae.evaluation.replacing.substitutes import DELETE, NATIVE, POOLS
 from writesae.evaluation.result import Result, Told
@@ -67,6 +67,8 @@ class PassageTestConfig(StrictConfig):
     """Seed of the random conditions."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"PassageTestConfig.threshold is a cosine between 0 and 1, got {self.threshold!r}")
         require_positive("PassageTestConfig", draws=self.draws, first_position=self.first_position)
         require_one_of("PassageTestConfig", "side", self.side, SIDES)
         for pool in self.pools:
@@ -156,7 +158,8 @@ def passage_test(
         ValueError, IndexError: for a cell that does not exist or does not fit, atoms that the dictionary does not have, a set
             that is empty or never fires, passages that end before first_position.
     """
-    config = config or PassageTestConfig()
+    config = PassageTestConfig.given(config)
+    check_passages(tokens)
     if tokens.shape[1] < config.first_position + 2:
         need = config.first_position + 2
         raise ValueError(f"passages have {tokens.shape[1]} tokens; this test needs at least {need}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.config import StrictConfig, require_positive
 from writesae.config import require_one_of
-from writesae.evaluation.firings import CellWrites, encode_cell
+from writesae.evaluation.firings import CellWrites, check_passages, encode_cell
 from writesae.evaluation.replacing.exchange import READINGS
 from writesae.evaluation.replacing.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacing.replacement_result import ATOM_COLUMN, ReplacementResult
@@ -68,6 +68,8 @@ class PopulationConfig(StrictConfig):
     """Seed of the choice of atoms and firings, and of the random controls."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"PopulationConfig.threshold is a cosine between 0 and 1, got {self.threshold!r}")
         require_positive("PopulationConfig", n_atoms=self.n_atoms, per_atom=self.per_atom, min_firings=self.min_firings)
         require_one_of("PopulationConfig", "pool", self.pool, POOLS)
         require_one_of("PopulationConfig", "scale", self.scale, SCALES)
@@ -152,7 +154,7 @@ def population_of(result: ReplacementResult, config: PopulationConfig | None = N
 
     Raises `ValueError` where no atom was tested on min_firings firings.
     """
-    config = config or PopulationConfig()
+    config = PopulationConfig.given(config)
     read = {name: getattr(config, name) for name in ("min_firings", "threshold", "pool", "scale")}
     run = {**config.to_dict(), **result.config, **read}
     found = PopulationResult(result.table, result.layer, result.head, run, result.about)
@@ -187,7 +189,8 @@ def population(
     Raises:
         ValueError, IndexError: as `replacement`, and where no atom fires often enough.
     """
-    config = config or PopulationConfig()
+    config = PopulationConfig.given(config)
+    check_passages(tokens)
     writes = encode_cell(model, sae, tokens, layer, head)
     last = tokens.shape[1] - 2 - config.horizon
     cosines = median_cosines(sae, writes, first=config.first_position, last=last)

@@ -30,7 +30,16 @@ from hooked_recurrent.config import StrictConfig, require_positive
 from hooked_recurrent.edits import Form
 from hooked_recurrent.files import plain
 from writesae.config import require_one_of
-from writesae.evaluation.firings import CellWrites, Firing, encode_cell, sample_firings, trained_on
+from writesae.evaluation.firings import (
+    CellWrites,
+    Firing,
+    check_atoms,
+    check_cell,
+    check_passages,
+    encode_cell,
+    sample_firings,
+    trained_on,
+)
 from writesae.evaluation.low_rank import LowRank
 from writesae.evaluation.replacing.exchange import READINGS, Exchanges, columns
 from writesae.evaluation.replacing.replacement_result import ReplacementResult
@@ -109,7 +118,10 @@ def replacement(
             name of a further condition that is taken.
         NoFirings: where no listed atom fires.
     """
-    config, others = config or ReplacementConfig(), others or {}
+    config, others = ReplacementConfig.given(config), others or {}
+    check_passages(tokens)
+    check_cell(model, sae, layer, head)
+    check_atoms(sae, config.atoms or ())
     check_others(others)
     last = tokens.shape[1] - 2 - config.horizon  # the token after the last one read must be known
     if last < config.first_position:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_recurrent import HookedRecurrentModel
 from hooked_recurrent.files import plain
-from writesae.evaluation.firings import check_cell
+from writesae.evaluation.firings import check_cell, check_passages
 from writesae.evaluation.replacing.replacement import NoFirings, ReplacementConfig, replacement
 from writesae.evaluation.replacing.replacement_figures import cells_figure
 from writesae.evaluation.replacing.replacement_result import ReplacementResult
@@ -109,7 +109,8 @@ def sweep_cells(
     Raises:
         ValueError, IndexError: no cells, or one whose dictionary does not fit it; before anything runs.
     """
-    config = config or ReplacementConfig()
+    config = ReplacementConfig.given(config)
+    check_passages(tokens)
     if not saes:
         raise ValueError("a sweep over cells needs a dictionary at least, got none")
     for (layer, head), sae in saes.items():

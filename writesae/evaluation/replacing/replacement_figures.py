@@ -31,7 +31,7 @@ def replacement_figure(rows: Sequence[Row]) -> Figure:
             left.hlines(row["floor_max"], x - 0.35, x + 0.35, color=MUTED, linestyle=":", label="" if x else "floor")
     left.set_xticks(range(len(headline)), [row["reading"].replace("_", " ") for row in headline])
     left.set(yscale="log", ylabel="median KL (nats), ± MAD / √n", title="strongest atom at its coefficient")
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="center")  # between the effects and the floor, which are far apart
     shown = list(dict.fromkeys((row["pool"], row["scale"]) for row in rows))
     for number, reading in enumerate(readings):
         here = [row for row in rows if row["reading"] == reading]

@@ -13,6 +13,8 @@ from writesae.evaluation.acting.readers_result import ReadersResult
 from writesae.evaluation.describing.contexts import atom_coefficients
 from writesae.evaluation.firings import encode_cell
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = ReadersConfig(count=2, per_atom=3, horizon=2, first_position=2, seed=4)
 STUDIES = {}
 
@@ -107,10 +109,10 @@ def test_a_planted_reader_is_found():
 
 def test_summary_keeps_the_strongest_and_the_result_travels(tmp_path):
     result = study(("rwkv7",) * 2)[3]
-    rows = result.summary(strongest=2, n_resamples=20)
-    assert [row["atom"] for row in rows].count("all") == 2 and len(rows) == 2 * 3
     back = ReadersResult.from_json(result.to_json(tmp_path / "readers.json"))
-    assert [row["ratio"] for row in back.summary(2, 20)] == pytest.approx([row["ratio"] for row in rows])
+    pd.testing.assert_frame_equal(back.table, result.table)
+    rows = back.summary(strongest=2, n_resamples=20)
+    assert [row["atom"] for row in rows].count("all") == 2 and len(rows) == 2 * 3
     assert result.figure().axes[0].get_ylabel() == "atom"
 
 

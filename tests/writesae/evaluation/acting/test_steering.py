@@ -13,6 +13,8 @@ from writesae.evaluation.acting.steering_pushes import head_push, is_boundary, m
 from writesae.evaluation.acting.steering_result import SteeringResult
 from writesae.evaluation.firings import encode_cell
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 SMALL = {"token": (3, 5, 7, 11), "top": 2, "doses": (1.0, 40.0), "prompts": 3, "prompt_length": 5, "new_tokens": 4}
 CONFIG = SteeringConfig(**SMALL, first_position=2, seed=9)
 WANTED = torch.tensor(SMALL["token"])

@@ -12,6 +12,8 @@ from writesae.evaluation.describing.partition import PartitionConfig, partition
 from writesae.evaluation.describing.partition_result import BUNDLE, NULL, REGISTER, PartitionResult, compare_hosts
 from writesae.evaluation.firings import encode_cell
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = PartitionConfig(first_position=2, strongest=5, kept_per_atom=4, seed=1)
 
 

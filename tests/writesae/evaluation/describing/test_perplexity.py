@@ -14,6 +14,8 @@ from writesae.evaluation.describing.perplexity import PerplexityConfig, head_sub
 from writesae.evaluation.describing.perplexity_result import PerplexityResult
 from writesae.evaluation.describing.splices import native_states, rebuilt_states
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 N = 9
 KINDS = {"state": ("hook_state", "additive"), "writes": ("hook_write", "additive"), "net_writes": ("hook_write", "net")}
 

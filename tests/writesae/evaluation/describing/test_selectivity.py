@@ -17,6 +17,8 @@ from writesae.evaluation.describing.selectivity import (
 )
 from writesae.evaluation.firings import encode_cell, sample_firings
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 SIZES = (1, 3, 8)
 CONFIG = SelectivityConfig(sizes=SIZES, total=6, first_position=2, seed=3)
 

@@ -1,5 +1,7 @@
 """The install: its directions, its controls and its measurements against plain full passes, in float64, on every rule."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,8 @@ from writesae.evaluation.installing.install_lambda import (
 from writesae.evaluation.installing.install_measure import collateral, included, measure
 from writesae.evaluation.installing.install_result import InstallResult
 from writesae.evaluation.installing.install_steering import gradient_steering, match_collateral, unembedding_steering
+
+pytestmark = pytest.mark.shapes_on_one_rule
 
 SMALL = InstallConfig(
     prompts=2,
@@ -312,21 +316,23 @@ def test_install_end_to_end(layer_types):
 def test_result_pairs_trials_and_goes_through_json(tmp_path):
     model, sae, tokens = cell()
     told = []
+    # Two strata: a summary has a row for each and for all, and every row is a dozen intervals.
+    config = replace(SMALL, strata=("middle", "rare"))
     result = install(
-        model, sae, tokens, layer=LAYER, head=HEAD, config=SMALL, on_progress=lambda *done: told.append(done)
+        model, sae, tokens, layer=LAYER, head=HEAD, config=config, on_progress=lambda *done: told.append(done)
     )
     assert told == [(1, 2), (2, 2)]
     again = InstallResult.from_json(result.to_json(tmp_path / "install.json"))
     assert isinstance(again, InstallResult)
     rows = result.summary(n_resamples=50)
-    assert len(rows) == (11 + 10) * (4 + 1) * (2 + 1)
+    assert len(rows) == (11 + 10 + 10) * (2 + 1) * (2 + 1)
     whole = next(row for row in rows if row["condition"] == "lambda_refined" and row["stratum"] is None)
     part = result.table[(result.table["condition"] == "lambda_refined") & (result.table["cell"] == whole["cell"])]
     part = part[part["magnitude"] == whole["magnitude"]]
     assert whole["inclusion"] == part["included"].mean()
     native = result.table[result.table["condition"] == "native"]
     assert whole["over_native"] == pytest.approx(part["included"].mean() - native["included"].mean())
-    assert len(result.figure().axes) == 2
+    assert len(result.figure().axes) == 3
     with pytest.raises(KeyError, match="no condition 'nobody'"):
         result.advantage("lambda", "nobody", cell="auto")
     with pytest.raises(KeyError, match="no trial with cell"):
@@ -341,7 +347,9 @@ def test_same_seed_same_table_whatever_else_runs():
         ).table
         for changed in ({}, {"cells": ("given",), "steering": False})
     )
-    shared = both[(both["cell"] != "auto") & ~both["condition"].str.startswith("steering")].reset_index(drop=True)
+    shared = both[both["cell"].isin(["given", "any"]) & ~both["condition"].str.startswith("steering")].reset_index(
+        drop=True
+    )
     assert len(shared) == len(alone)
     for column in ("target", "condition", "included", "norm"):
         assert shared[column].equals(alone[column]) or np.allclose(shared[column], alone[column], atol=1e-9)

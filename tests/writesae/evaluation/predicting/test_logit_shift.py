@@ -15,6 +15,8 @@ from writesae.evaluation.predicting.logit_shift import LogitShiftConfig, in_floa
 from writesae.evaluation.predicting.logit_shift_predictors import PREDICTORS
 from writesae.evaluation.predicting.logit_shift_result import LogitShiftResult
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = LogitShiftConfig(
     total=4, per_atom=1, fractions=(1e-5, 0.3), horizons=(0, 3), top=2, tail_rank=9, cells=((1, 2), (0, 1))
 )
@@ -96,9 +98,19 @@ def test_where_linearity_ends_is_told_from_the_untouched_run():
 def test_summary_figure_and_file(tmp_path):
     *_, result = studied()
     summary = result.summary(n_resamples=20)
-    assert len(summary) == 2 * 3 * (len(PREDICTORS) + 1)
+    sources = set(result.table["source"])
+    pairs = len(result.table.groupby(["tokens", "size", "source"]))
+    assert len(sources) > 1 and len(summary) == (2 * 3 + pairs) * (len(PREDICTORS) + 1)
+    for source in sources:
+        rows = result.table[(result.table["source"] == source) & (result.table["tokens"] == "top")]
+        apart = [
+            row for row in summary if (row["source"], row["tokens"], row["predictor"]) == (source, "top", "in_layer")
+        ]
+        assert sum(row["n"] for row in apart) == len(rows)
     best = next(
-        row for row in summary if (row["tokens"], row["size"], row["predictor"]) == ("top", "1e-05", "first_order")
+        row
+        for row in summary
+        if (row["tokens"], row["size"], row["predictor"], row["source"]) == ("top", "1e-05", "first_order", "all")
     )
     assert best["r2"] == pytest.approx(result.r2("first_order", 1e-5)) and best["n"] == 4 * 3 * 2 * 2
     assert result.by("horizon", "layer", n_resamples=5)["n"].min() > 0

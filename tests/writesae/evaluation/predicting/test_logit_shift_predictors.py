@@ -22,6 +22,8 @@ from writesae.evaluation.predicting.logit_shift_predictors import (
     three_factor,
 )
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 T, HORIZONS = 6, (0, 1, 5)
 over_rules = pytest.mark.parametrize("rule", RULES)
 

@@ -11,6 +11,8 @@ from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae.evaluation.installing.install_directions import unembedding_values
 from writesae.evaluation.predicting.sign_test import KEYS, SignTestConfig, SignTestResult, _agreement, sign_test
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 
 def tried(rule, layer=0, **changed):
     model, sae, tokens = cell((rule, rule), layer=layer)

@@ -11,6 +11,8 @@ from writesae.evaluation.firings import encode_cell
 from writesae.evaluation.low_rank import LowRank
 from writesae.evaluation.replacing.exchange import MOST_TERMS, READINGS, Exchanges, exchange
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 HORIZON = 3
 FORMS = ("additive", "net")
 over_rules = pytest.mark.parametrize("rule", RULES)

@@ -19,6 +19,8 @@ from writesae.evaluation.replacing.passage_test import (
 )
 from writesae.evaluation.replacing.population import median_cosines
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = PassageTestConfig(atoms=(1, 5), draws=2, first_position=3, seed=4)
 
 

@@ -26,6 +26,8 @@ from writesae.evaluation.replacing.population import (
 )
 from writesae.evaluation.replacing.replacement_result import ReplacementResult
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = PopulationConfig(n_atoms=6, per_atom=4, min_firings=2, horizon=3, first_position=2, seed=3)
 # atom: (cosines of its firings, which of them it wins)
 MADE_UP = {

@@ -13,6 +13,8 @@ from writesae.evaluation.replacing.exchange import READINGS
 from writesae.evaluation.replacing.replacement import NoFirings, ReplacementConfig, replacement
 from writesae.evaluation.replacing.substitutes import CONDITIONS, LowRank, Substitutes
 
+pytestmark = pytest.mark.shapes_on_one_rule
+
 CONFIG = ReplacementConfig(per_atom=2, total=8, horizon=3, first_position=2, seed=3)
 STATE = {"hook": f"blocks.{LAYER}.mixer.hook_state"}
 NET = {"hook": f"blocks.{LAYER}.mixer.hook_write", "form": "net"}
