@@ -6,8 +6,8 @@
     half_life             how many tokens the decay alone leaves a memory
     changes               what every token did to the state, erase and write in one: its net write
 
-Each takes the cache of a run (or bare Factors) and gives a small result with its numbers as tensors and `to_dataframe()`;
-`hooked_recurrent.memory.plots` draws them.
+Each takes the cache of a run (or bare Factors) and gives a small result with its numbers as tensors, `to_dataframe()` and
+`figure()`; `hooked_recurrent.memory.plots` has these pictures and more, of single writes and states too.
 """
 
 from hooked_recurrent.memory.attention import EffectiveAttention, effective_attention

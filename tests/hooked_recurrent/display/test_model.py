@@ -45,6 +45,7 @@ def test_key_heads_are_those_of_the_keys():
 
 def test_layers_that_are_alike_share_a_row_and_others_do_not():
     assert [row["layers"] for row in table_of(tiny_model(("mamba2",) * 4)._repr_html_())] == ["0–3"]
+    assert [row["layers"] for row in table_of(tiny_model(("mamba2",) * 12)._repr_html_())] == ["0–11"]
     assert [row["layers"] for row in table_of(tiny_model(HYBRID)._repr_html_())] == ["0", "1", "2"]
 
 
