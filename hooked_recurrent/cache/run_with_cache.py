@@ -60,7 +60,9 @@ class CachingMixin:
                 a scalar that is none.
         """
         own = list(inspect.signature(CachingMixin.run_with_cache).parameters)[2:-1]
-        refuse_unknown("run_with_cache", model_kwargs, (*own, *inspect.signature(self.forward).parameters))
+        taken = inspect.signature(self.forward).parameters
+        if not any(one.kind is one.VAR_KEYWORD for one in taken.values()):  # a forward of one's own may take any
+            refuse_unknown("run_with_cache", model_kwargs, (*own, *taken))
         state, stop = model_kwargs.get("state"), model_kwargs.get("stop_at_layer")
         tokens = self._tokens(model_args[0] if model_args else model_kwargs.pop("input", None))
         if remove_batch_dim and not return_cache_object:

@@ -36,7 +36,8 @@ def test_logits_measures_the_cells_it_is_told(folder):
     result = run("logits", "--sae", folder / "sae", "--cell", "2.1", "--cell", "0.3", *small, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
-    best = [row for row in summary if (row["size"], row["predictor"], row["tokens"]) == ("0.01", "first_order", "top")]
+    wanted = {"size": "0.01", "predictor": "first_order", "tokens": "top", "source": "all"}
+    best = [row for row in summary if wanted.items() <= row.items()]
     assert len(best) == 1 and best[0]["r2"] > 0.99
     kept = LogitShiftResult.from_json(out)
     assert set(zip(kept.table["layer"], kept.table["head"], strict=True)) == {(2, 1), (0, 3)}

@@ -96,9 +96,8 @@ def reproduce(
     with progress() as tell:
         outcome = run(loaded, config, place, only=only or (), redo=redo or (), on_progress=tell)
     if as_json:
-        print_json(
-            {"folder": str(outcome.folder), "claims": [vars(c) for c in outcome.claims], "seconds": outcome.seconds}
-        )
+        claims = [vars(claim) for claim in outcome.claims]
+        print_json({"folder": str(outcome.folder), "claims": claims, "seconds": outcome.seconds})
     else:
         console.print(claims_table([vars(claim) for claim in outcome.claims]))
         console.print(f"\n{sum(outcome.seconds.values()):.0f} s. Results: [bold]{outcome.folder}[/bold]")

@@ -10,7 +10,7 @@ from tests.writesae.evaluation.cells_for_tests import HEAD, LAYER, cell
 from writesae.evaluation.firings import encode_cell, sample_firings
 from writesae.evaluation.outputs import compare
 from writesae.evaluation.replacing.exchange import READINGS
-from writesae.evaluation.replacing.replacement import NoFirings, ReplacementConfig, replacement
+from writesae.evaluation.replacing.replacement import ReplacementConfig, replacement
 from writesae.evaluation.replacing.substitutes import CONDITIONS, LowRank, Substitutes
 
 pytestmark = pytest.mark.shapes_on_one_rule
@@ -226,7 +226,7 @@ def test_a_dictionary_of_another_shape_and_silent_atoms_are_refused():
     other = WriteSAE(WriteSAEConfig(4, 4, n_atoms=8, k=2))
     with pytest.raises(ValueError, match="4 x 4, but the model's writes are 3 x 5"):
         replacement(model, other, tokens, layer=LAYER, head=HEAD, config=CONFIG)
-    with pytest.raises(NoFirings, match="no listed atom fires"):
+    with pytest.raises(IndexError, match="atom 999 is outside this dictionary of 12 atoms"):
         replacement(model, sae, tokens, layer=LAYER, head=HEAD, config=config(atoms=(999,)))
     for wrong, said in (
         ({"form": "nett"}, "form"),
