@@ -61,6 +61,7 @@ def execute(path: Path) -> NotebookNode:
         client = NotebookClient(
             notebook,
             timeout=SECONDS_PER_CELL,
+            startup_timeout=SECONDS_PER_CELL,
             kernel_name="python3",
             record_timing=False,
             coalesce_streams=True,
