@@ -22,8 +22,9 @@ SPELT = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 EXTRAS = ("rwkv", "view", "plots", "logs", "sae-lens")
 # In no list: it comes with the builds of torch that can use it.
 FOUND = {"triton"}
-# Needed, and imported nowhere: beartype checks jaxtyping's shapes for whoever turns the checks on.
-SILENT = {"beartype"}
+# Needed, and imported nowhere: beartype checks jaxtyping's shapes for whoever turns the checks on, and einops is one of the
+# packages that users of this field's notebooks find installed.
+SILENT = {"beartype", "einops"}
 
 
 def imports(source: str) -> Iterator[str]:

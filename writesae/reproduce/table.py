@@ -112,6 +112,8 @@ def _logits() -> Iterator[Row]:
     for predictor in ("first_order", "norm_exact"):
         silent = {**fitted, "predictor": predictor, "source": "silent"}
         yield Row("logits", f"{predictor}, silent atoms at that amplitude", "r2", silent, "r2_by_passage", form="r2")
+    pooled = {**fitted, "source": "all"}
+    yield Row("logits", "first_order, firing and silent atoms together", "r2", pooled, "r2_by_passage", form="r2")
     shuffled = {**fitted, "predictor": "shuffled"}
     yield Row("logits", "null: another context's gradient, natural amplitude", "r2", shuffled, form="r2", below=0.1)
     yield Row(
